@@ -1,0 +1,497 @@
+"""What the four scripts share: small independent helpers, each useful alone.
+
+torchvision, Pillow and Matplotlib are imported where they are used, so that synthetic
+data needs none of them and `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import io
+import json
+import math
+import os
+import random
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs at once into one folder are not noticed
+    fcntl = None
+
+# ---------------------------------------------------------------- Errors and signals
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line that names the file or flag, and the way out."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the program stands, so that `with` and `finally` still run."""
+
+
+def run_main(main) -> None:
+    """Run `main()`; a UserError is one line and exit status 2, Ctrl-C is 130, SIGTERM 143."""
+    def terminate(signal_number, frame):
+        raise Terminated
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        main()
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except (KeyboardInterrupt, Terminated) as stop:
+        sys.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+def warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- What depends on the version of PyTorch
+
+HAS_AUTOCAST = hasattr(torch, "autocast")  # 1.10; before, float16 on CUDA alone
+SAFE_LOADING = "weights_only" in torch.load.__code__.co_varnames  # 1.13
+
+
+def autocast(device: torch.device, dtype: torch.dtype):
+    """The context of a forward pass in `dtype`; float32 changes nothing."""
+    if dtype == torch.float32:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype) if HAS_AUTOCAST else torch.cuda.amp.autocast()
+
+
+def gradient_scaler(dtype: torch.dtype):
+    """Loss scaling, which float16 needs; any other type passes through it unchanged."""
+    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):  # 2.3
+        return torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+    return torch.cuda.amp.GradScaler(enabled=dtype == torch.float16)
+
+
+def compile_model(model: nn.Module, enabled: bool) -> nn.Module:
+    """The model, compiled if that is asked for and PyTorch can (2.0)."""
+    if enabled and not hasattr(torch, "compile"):
+        warn(f"--compile needs PyTorch 2.0, this is {torch.__version__}: going on without it")
+        return model
+    return torch.compile(model) if enabled else model
+
+
+# ---------------------------------------------------------------- Device, seed, memory
+
+
+def select_device(name: str) -> torch.device:
+    """The device called `name`; `auto` is CUDA, then MPS, then CPU, whichever is there first."""
+    mps = getattr(torch.backends, "mps", None)  # Apple's GPUs, from PyTorch 1.12 on
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+    try:
+        return torch.empty(1, device=name).device
+    except Exception:
+        raise UserError(f"--device {name}: PyTorch finds no such device here; "
+                        "try --device auto") from None
+
+
+def select_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The type of the forward pass; `auto` is bfloat16 or float16 on CUDA, float32 elsewhere."""
+    cuda = device.type == "cuda"
+    if precision == "auto":
+        modern = cuda and HAS_AUTOCAST and torch.cuda.get_device_capability(device)[0] >= 8
+        precision = "bfloat16" if modern else "float16" if cuda else "float32"
+    if precision == "float16" and not cuda or precision == "bfloat16" and not HAS_AUTOCAST:
+        raise UserError(f"--precision {precision} does not work on {device.type} with PyTorch "
+                        f"{torch.__version__}; try --precision auto")
+    return getattr(torch, precision)
+
+
+def seed_everything(*seed: int) -> None:
+    """Seed Python, NumPy and PyTorch on every device from one or more whole numbers.
+
+    Each epoch begins with `seed_everything(seed, epoch)`: nothing random is carried from one
+    epoch to the next, so a resumed run draws the numbers that the first one would have.
+    """
+    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    random.seed(state)
+    np.random.seed(state)
+    torch.manual_seed(state)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed memory for the next tensors, instead of mapping each one afresh.
+
+    Otherwise up to a third of a training step on the CPU goes into page faults.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # not glibc
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block by itself
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+
+
+# ---------------------------------------------------------------- Command line
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a finite int or float from `low` to `high`, both included."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high and abs(kind(text)) != math.inf:
+                return kind(text)
+        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+        noun = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {limits}")
+    return parse
+
+
+def option_parser(script: str, doc: str, data_help: str, **defaults) -> ArgumentParser:
+    """A parser with the options that mean the same in every script, and the script's defaults."""
+    parser = ArgumentParser(script, description=doc, allow_abbrev=False,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("options that every script has")
+    for flag, kind, metavar, meaning in (
+            ("--data", str, "DATA", data_help),
+            ("--data-dir", str, "DIR", "where downloaded data sets are kept"),
+            ("--out", str, "DIR", "folder for what this run writes"),
+            ("--epochs", number(int, 1), "N", "passes over the training part, at most"),
+            ("--batch-size", number(int, 1), "N", "examples a step"),
+            ("--lr", number(float, 0), "RATE", "peak learning rate"),
+            ("--weight-decay", number(float, 0), "RATE", "decay of weights, not of biases"),
+            ("--clip", number(float, 0), "NORM", "largest norm of the gradient; 0: any"),
+            ("--patience", number(int, 1), "N", "epochs to wait for a better validation result"),
+            ("--seed", number(int, 0, 2**32 - 1), "N", "decides split, weights, order and noise"),
+            ("--device", str, "NAME", "auto, cpu, cuda, cuda:1, mps")):
+        group.add_argument(flag, type=kind, metavar=metavar, help=meaning + " [%(default)s]")
+    group.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"),
+                       default="auto", help="auto: mixed on CUDA, float32 elsewhere [%(default)s]")
+    group.add_argument("--compile", action="store_true", help="use torch.compile (PyTorch 2)")
+    group.add_argument("--resume", action="store_true",
+                       help="go on from last.pt in --out, with the options it was started with")
+    parser.set_defaults(data_dir="data", device="auto", seed=0, **defaults)
+    return parser
+
+
+def parse_options(parser, fixed=()) -> argparse.Namespace:
+    """Parse the command line; with `--resume`, options that are not given come from last.pt.
+
+    `fixed` names the options that a resumed run cannot change: those of its model and data.
+    """
+    args = parser.parse_args()
+    if args.resume:
+        path = Path(args.out, "last.pt")
+        with using(path):
+            saved = load_checkpoint(path, parser.prog)["options"]
+            parser.set_defaults(**saved)
+        args = parser.parse_args()
+        for name in fixed:
+            if getattr(args, name) != saved[name]:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag}: the run in {args.out} was started with {saved[name]}; "
+                                f"leave {flag} out, or start a new run in another --out")
+    return args
+
+
+# ---------------------------------------------------------------- Files of a run
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a crash at any moment leaves the old or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"cannot write {path}: {error.strerror}; the file that was there before "
+                        "is unharmed") from None
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Save a dictionary of tensors and plain Python values."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write_file(path, buffer.getvalue())
+
+
+@contextlib.contextmanager
+def using(path: Path):
+    """Whatever goes wrong while the content of a file is put to use becomes one line about it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{path} is damaged or does not fit: "
+                        f"{type(error).__name__} {' '.join(str(error).split())[:120]}") from None
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """Load what `script` saved. Raises UserError if that is missing, damaged or another script's.
+
+    No code in the file is run, except below PyTorch 1.13: load only your own files there.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
+    with using(path):
+        safe = {"weights_only": True} if SAFE_LOADING else {}
+        checkpoint = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", **safe)
+        if checkpoint["script"] != script:
+            raise UserError(f"{path} was written by {checkpoint['script']}, not by {script}")
+    return checkpoint
+
+
+@contextlib.contextmanager
+def run_folder(out: str, resume: bool):
+    """The folder of a training run: `with run_folder(args.out, args.resume) as folder:`.
+
+    Only one run at a time may use it; another run's files in it are moved aside, unless it is
+    resumed. A run that is interrupted says how to go on.
+    """
+    folder = Path(out).absolute()
+    last = folder / "last.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # The system lets go of the lock when this process ends, in whatever way.
+        lock = open(folder.with_name(folder.name + ".lock"), "w")
+        if fcntl:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if last.exists() and not resume:
+            names = (f"{folder}.{n}" for n in range(1, 10**6))
+            aside = next(name for name in names if not Path(name).exists())
+            folder.rename(aside)
+            folder.mkdir()
+            warn(f"{out} held another run, now in {aside} (--resume would go on with it)")
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+    except BlockingIOError:
+        raise UserError(f"--out {out}: another run is writing there; wait, or choose another "
+                        "folder") from None
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose a folder to write to") from None
+    try:
+        with lock:
+            yield folder
+    except (KeyboardInterrupt, Terminated):
+        resume = ["--resume"] if last.exists() and not resume else []
+        print("\ninterrupted; go on with:", *map(shlex.quote, ["python", *sys.argv, *resume]))
+        raise
+
+
+def write_summary(path: Path, **facts) -> None:
+    """Write summary.json: `facts`, and the versions of what computed them."""
+    facts["versions"] = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
+    write_file(path, (json.dumps(facts, indent=2) + "\n").encode())
+
+
+# ---------------------------------------------------------------- Training
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list:
+    """Decay matrices and kernels alone; pulling biases and norm scales to zero helps nothing."""
+    weights = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() <= 1]
+    return [{"params": weights, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0}]
+
+
+def warmup_cosine(optimizer, warmup: int, total: int):
+    """Learning rate up to its peak in a line over `warmup` steps, then to 0 along half a cosine.
+
+    Warm-up: Goyal et al., 2017. Cosine: Loshchilov and Hutter, 2017.
+    """
+    def factor(step):
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup) / max(1, total - warmup)))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def clip_gradients(model: nn.Module, clip: float, step: int, scaler) -> torch.Tensor:
+    """Scale the gradient down to the norm `clip` (0: leave it); return the norm it had.
+
+    Raises UserError if it is not finite, before it can spoil the weights; where the loss is
+    scaled for float16, `scaler` skips such a step by itself. Pascanu et al., 2013.
+    """
+    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
+    if not scaler.is_enabled() and not torch.isfinite(norm):
+        raise UserError(f"the loss or its gradient is not finite at step {step}; try a lower --lr "
+                        "or a --clip (what was saved up to the last whole epoch is good)")
+    return norm
+
+
+def epochs_since_best(history: list, metric: str) -> int:
+    """For early stopping: how many epochs ago `metric`, the higher the better, was at its best."""
+    values = [row[metric] for row in history]
+    return len(values) - 1 - values.index(max(values))
+
+
+def write_history(path: Path, history: list) -> None:
+    """Write the rows of numbers, a dictionary for each epoch, as CSV."""
+    rows = [history[0].keys(), *(row.values() for row in history)]
+    write_file(path, "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
+
+
+def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
+    """Draw {y axis: {label: column}} as panels side by side, over the epochs."""
+    figure, axes = new_figure(1, len(panels), (4.4 * len(panels), 3.5), title)
+    epochs = [row["epoch"] for row in history]
+    for axis, (ylabel, curves) in zip(axes.flat, panels.items()):
+        for label, column in curves.items():
+            axis.plot(epochs, [row[column] for row in history], ".-", label=label)
+        axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    save_figure(path, figure)
+
+
+def progress(iterable, description: str):
+    """A progress bar of 80 columns that stays silent in a log file."""
+    return tqdm(iterable, description, leave=False, disable=None, ncols=80)
+
+
+def new_figure(rows: int, columns: int, inches, title: str):
+    """A Matplotlib figure that needs no display, and its axes (rows, columns)."""
+    from matplotlib.figure import Figure
+    figure = Figure(inches, constrained_layout=True)
+    figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_figure(path: Path, figure) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=120)
+    write_file(path, buffer.getvalue())
+
+
+# ---------------------------------------------------------------- Images
+
+
+def read_image(path, size: int, channels: int) -> np.ndarray:
+    """An image file of any size as uint8 (size, size, channels), channels 1 or 3.
+
+    The shorter side is fitted, the longer one cropped about the centre. Raises UserError.
+    """
+    from PIL import Image, ImageOps
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+            if image.size != (size, size):
+                image = ImageOps.fit(image, (size, size), Image.BICUBIC)
+            return np.asarray(image).reshape(size, size, channels)
+    except Exception:
+        problem = "not an image that can be read" if Path(path).exists() else "no such file"
+        raise UserError(f"{path}: {problem}") from None
+
+
+def load_image_folder(folder: str, size: int, channels: int):
+    """Load `train/<class>/`, with or without `val/` and `test/`, or just `<class>/`.
+
+    Returns {"train": (images, labels), ...} and the class names; images are uint8
+    (N, size, size, channels), labels int64 (N,). Unreadable files are named and skipped.
+    Raises UserError if the folder is missing, or a class in it has no images.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise UserError(f"--data {folder}: neither a folder nor the name of a data set")
+    parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
+    parts = parts if "train" in parts else {"train": root}
+    classes = sorted(entry.name for entry in parts["train"].iterdir() if entry.is_dir())
+    if len(classes) < 2:
+        raise UserError(f"--data {folder}: {parts['train']} needs a sub-folder of images for each "
+                        f"of at least two classes, and has {len(classes)}")
+    loaded, skipped = {}, []
+    for part, base in parts.items():
+        files = [(path, label) for label, name in enumerate(classes)
+                 for path in sorted((base / name).rglob("*")) if path.is_file()]
+        images, labels = [], []
+        for path, label in progress(files, f"reading {part}"):
+            try:
+                images.append(read_image(path, size, channels))
+                labels.append(label)
+            except UserError as error:
+                skipped.append(str(error))
+        missing = set(range(len(classes))) - set(labels)
+        if missing and part == "train" or not images:
+            raise UserError(f"--data {folder}: no image can be read in "
+                            f"{base / classes[min(missing)]}")
+        loaded[part] = torch.from_numpy(np.stack(images)), torch.tensor(labels)
+    if skipped:
+        warn(f"skipped {len(skipped)} files: {'; '.join(skipped[:3])}"
+             + "; ..." * (len(skipped) > 3))
+    return loaded, classes
+
+
+def load_torchvision(name: str, data_dir: str):
+    """Load a torchvision data set from `data_dir`, after a download if it is not there.
+
+    Returns what load_image_folder does, in the images' own size. Raises UserError if the set
+    is neither there nor to be had, within 10 seconds of a network that does not answer.
+    """
+    try:
+        import torchvision
+    except Exception as error:
+        raise UserError(f"{name} needs torchvision, which fails to import ({error})") from None
+    dataset = getattr(torchvision.datasets, name)
+    try:
+        parts = {"train": dataset(data_dir), "test": dataset(data_dir, train=False)}
+    except Exception:  # it is not there, or not whole
+        url = getattr(dataset, "url", None) or getattr(dataset, "mirrors", dataset.resources[0])[0]
+        problem = unreachable(url)
+        if problem:
+            raise UserError(f"{name} is not in {data_dir} and cannot be downloaded: {problem}")
+        try:
+            parts = {part: dataset(data_dir, train=part == "train", download=True)
+                     for part in ("train", "test")}
+        except Exception as error:
+            raise UserError(f"the download of {name} to {data_dir} failed: {error}") from None
+    loaded = {}
+    for part, data in parts.items():
+        images = torch.as_tensor(data.data)
+        loaded[part] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
+    return loaded, parts["train"].classes
+
+
+def unreachable(url: str, seconds: int = 10) -> str:
+    """Why `url` does not answer in time, or "" if it does; even the look-up of a name can hang."""
+    socket.setdefaulttimeout(seconds)  # for each wait of the download that follows
+    ask = ("import contextlib, sys, urllib.request, urllib.error\n"
+           "with contextlib.suppress(urllib.error.HTTPError):\n"  # any status is an answer
+           "    urllib.request.urlopen(sys.argv[1])")
+    try:
+        subprocess.run([sys.executable, "-c", ask, url], timeout=seconds, check=True,
+                       stderr=subprocess.PIPE)
+        return ""
+    except subprocess.TimeoutExpired:
+        return f"no answer in {seconds} seconds"
+    except subprocess.CalledProcessError as error:
+        return error.stderr.decode().strip().split("\n")[-1]
+
+
+def split_indices(labels: torch.Tensor, fraction: float, seed: int):
+    """Indices (kept, held out) of a split that holds out `fraction` of each class's labels (N,)."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = order[labels[order] == label]
+        held[members[:math.ceil(fraction * len(members)) if len(members) > 1 else 0]] = True
+    return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
