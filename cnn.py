@@ -88,11 +88,10 @@ def synthetic_shapes(count: int, seed: int) -> Part:
         u = (x * angle.cos() + y * angle.sin()) / radius
         v = (y * angle.cos() - x * angle.sin()) / radius
         mask = (distance(u, v) * radius + 0.5).clamp(0, 1)[..., None]  # (n, 32, 32, 1)
-        corners = uniform(0, 1, n, 3, 3, 3)  # a background that changes slowly over the image
+        corners = uniform(0, 0.6, n, 3, 3, 3)  # a dark background that changes over the image
         background = F.interpolate(corners, size=SIZE, mode="bilinear", align_corners=True)
         background = background.permute(0, 2, 3, 1)
-        offset = uniform(0.3, 0.7, n, 1, 1, 3)  # a colour that differs from the one behind it
-        colour = (background[:, 16:17, 16:17] + offset) % 1
+        colour = uniform(0.4, 1, n, 1, 1, 3)
         noise = torch.randn(background.shape, generator=generator) * uniform(0.02, 0.2, n, 1, 1, 1)
         image = background + mask * (colour - background) + noise
         images.append((image.clamp(0, 1) * 255).byte())
@@ -106,7 +105,7 @@ def load_data(args) -> Dataset:
     parts, classes, name = None, list(SHAPES), args.data
     if args.data in ("auto", "cifar10"):
         try:
-            (parts, classes), name = common.load_torchvision("cifar10", args.data_dir), "cifar10"
+            (parts, classes), name = common.load_torchvision("CIFAR10", args.data_dir), "cifar10"
         except common.UserError as error:
             if args.data == "cifar10":
                 raise
@@ -189,10 +188,13 @@ class CNN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        # At first every class is equally likely: the loss starts at log(classes), no higher.
+        nn.init.zeros_(self.classifier[-1].weight)
         self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
 
     def forward(self, images):
-        x = images.permute(0, 3, 1, 2).float()  # (N, 3, 32, 32), in memory still (N, 32, 32, 3)
+        # (N, 3, 32, 32), and in memory still (N, 32, 32, 3)
+        x = images.permute(0, 3, 1, 2).to(self.mean.dtype)
         x = (x - self.mean) / self.std
         x = self.features(x)  # (N, widths[2], 4, 4)
         return self.classifier(x)  # (N, classes)
@@ -223,7 +225,8 @@ def train(args, data: Dataset, folder, device) -> None:
     steps = math.ceil(len(labels) / args.batch_size)
     optimizer = torch.optim.SGD(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                 momentum=0.9, nesterov=True)
-    schedule = common.warmup_cosine(optimizer, 2 * steps, args.epochs * steps)
+    decay = args.epochs * steps if args.schedule == "cosine" else math.inf
+    schedule = common.warmup_cosine(optimizer, args.epochs * steps // 8, decay)
     dtype = common.select_dtype(args.precision, device)
     scaler = common.gradient_scaler(dtype)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
@@ -264,7 +267,7 @@ def train(args, data: Dataset, folder, device) -> None:
                 seen = step * args.batch_size + len(indices)
                 bar.set_postfix_str(f"loss {total_loss / seen:.3f}, accuracy {correct / seen:.1%}",
                                     refresh=False)
-        logits = predict_logits(model, data.validation.images, device)
+        logits = predict_logits(model, data.validation.images, not args.no_flip, device)
         history.append({
             "epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
             "train_loss": total_loss.item() / len(labels),
@@ -280,7 +283,8 @@ def train(args, data: Dataset, folder, device) -> None:
         if common.epochs_since_best(history, "validation_accuracy") == 0:
             common.save_checkpoint(folder / "best.pt", {
                 "script": "cnn.py", "model": model.state_dict(), "model_options": options,
-                "data": data.name, "classes": data.classes, "metrics": row})
+                "data": data.name, "classes": data.classes, "mirror": not args.no_flip,
+                "metrics": row})
         common.save_checkpoint(folder / "last.pt", {
             "script": "cnn.py", "options": vars(args), "history": history,
             **{name: part.state_dict() for name, part in state.items()}})
@@ -290,11 +294,20 @@ def train(args, data: Dataset, folder, device) -> None:
 # ---------------------------------------------------------------- Evaluation and pictures
 
 
-def predict_logits(model: CNN, images, device):
-    """Logits (N, classes), on the CPU, for uint8 images (N, 32, 32, 3) on any device."""
+def predict_logits(model: CNN, images, mirror: bool, device):
+    """Logits (N, classes), on the CPU, for uint8 images (N, 32, 32, 3) on any device.
+
+    With `mirror`, the mean of those of each image and of its mirror image: a network that was
+    trained on both is right more often about the two together.
+    """
     model.eval()  # batch norm by its running averages, no dropout
+    logits = []
     with torch.no_grad():
-        return torch.cat([model(chunk.to(device)).cpu() for chunk in images.split(500)])
+        for batch in images.split(500):
+            batch = batch.to(device)
+            views = [batch, batch.flip(2)] if mirror else [batch]
+            logits.append((sum(model(view) for view in views) / len(views)).cpu())
+    return torch.cat(logits)
 
 
 def accuracy(logits, labels, top: int = 1) -> float:
@@ -319,7 +332,8 @@ def confusion_matrix(predicted, labels, classes: int):
 def evaluate(args, data: Dataset, folder, device, history) -> None:
     """Measure the best network on the test part; draw the pictures; write summary.json."""
     model, checkpoint = load_model(folder / "best.pt", device)
-    logits, labels = predict_logits(model, data.test.images, device), data.test.labels
+    logits = predict_logits(model, data.test.images, not args.no_flip, device)
+    labels = data.test.labels
     confusion = confusion_matrix(logits.argmax(1), labels, len(data.classes))
     by_class = confusion.diag().float() / confusion.sum(1).clamp(min=1)
     test = {"accuracy": accuracy(logits, labels), "top3": accuracy(logits, labels, top=3),
@@ -384,16 +398,18 @@ def draw_predictions(path, data, logits, title, columns=8):
     common.save_figure(path, figure)
 
 
-def draw_filters(path, model, title):
+def draw_filters(path, model, title, columns=16):
     """The kernels of the first layer, as the colours to which each responds most."""
     kernels = model.features[0].weight.detach().cpu().permute(0, 2, 3, 1)  # (widths[0], 3, 3, 3)
-    rows = math.ceil(len(kernels) / 16)
-    figure, axes = common.new_figure(rows, 16, (10, 0.65 * rows + 0.7),
-                                     f"{title}: the {len(kernels)} kernels of the first layer")
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, kernel in zip(axes.flat, kernels):
-        axis.imshow(0.5 + 0.5 * kernel / kernel.abs().max())
+    rows = math.ceil(len(kernels) / columns)
+    wall = torch.ones(4 * rows + 1, 4 * columns + 1, 3)
+    for i, kernel in enumerate(kernels):
+        y, x = 4 * (i // columns) + 1, 4 * (i % columns) + 1
+        wall[y:y + 3, x:x + 3] = 0.5 + 0.5 * kernel / kernel.abs().max()
+    figure, ((axis,),) = common.new_figure(1, 1, (8, 0.5 * rows + 0.6),
+                                           f"{title}: the {len(kernels)} kernels of layer 1")
+    axis.imshow(wall)
+    axis.axis("off")
     common.save_figure(path, figure)
 
 
@@ -411,7 +427,8 @@ def predict(args, device) -> None:
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
     files = sys.stdin.read().splitlines() if args.predict == ["-"] else args.predict
     images = torch.from_numpy(np.stack([common.read_image(file, SIZE, 3) for file in files]))
-    probabilities = F.softmax(predict_logits(model, images, device), dim=1)
+    logits = predict_logits(model, images, checkpoint["mirror"], device)
+    probabilities = F.softmax(logits, dim=1)
     for file, probability, index in zip(files, *(t.tolist() for t in probabilities.max(1))):
         print(f"{file}\t{checkpoint['classes'][index]}\t{probability:.4f}")
 
@@ -419,44 +436,50 @@ def predict(args, device) -> None:
 # ---------------------------------------------------------------- Command line
 
 
-def main() -> None:
+def build_parser():
     parser = common.option_parser(
         "cnn.py", __doc__, "auto, cifar10, synthetic, or a folder of images in class sub-folders",
-        data="auto", out="runs/cnn", epochs=12, batch_size=128, lr=0.1, weight_decay=5e-4,
+        data="auto", out="runs/cnn", epochs=16, batch_size=128, lr=0.2, weight_decay=5e-4,
         clip=5.0, patience=10)
     group = parser.add_argument_group("options of the CNN")
     whole, share = common.number(int, 1), common.number(float, 0, 0.99)
-    group.add_argument("--widths", type=whole, nargs=3, metavar="N", default=[64, 128, 256],
-                       help="channels of the three blocks [64 128 256]")
+    group.add_argument("--widths", type=whole, nargs=3, metavar="N", default=[32, 96, 192],
+                       help="channels of the three blocks [32 96 192]")
     group.add_argument("--units", type=whole, default=1, metavar="N",
-                       help="Conv2d + BatchNorm + ReLU in a block, before its pooling [%(default)s]")
+                       help="Conv2d + BatchNorm + ReLU before each pooling [%(default)s]")
     group.add_argument("--hidden", type=whole, default=256, metavar="N",
                        help="width of the fully connected layer [%(default)s]")
     group.add_argument("--dropout", type=share, default=0.2, metavar="SHARE",
                        help="share of the hidden layer zeroed in training [%(default)s]")
     group.add_argument("--label-smoothing", type=share, default=0.1, metavar="SHARE",
                        help="share of each target spread over all classes [%(default)s]")
-    group.add_argument("--crop", type=common.number(int, 0, SIZE - 1), default=4, metavar="PIXELS",
+    group.add_argument("--crop", type=common.number(int, 0, SIZE - 1), default=2, metavar="PIXELS",
                        help="largest random shift of a training image [%(default)s]")
+    group.add_argument("--schedule", choices=("cosine", "constant"), default="cosine",
+                       help="learning rate after the warm-up [%(default)s]")
     group.add_argument("--no-flip", action="store_true",
                        help="do not mirror training images (digits, text)")
     group.add_argument("--no-batch-norm", action="store_true", help="leave batch norm out")
-    group.add_argument("--synthetic-size", type=common.number(int, 100), default=20000, metavar="N",
-                       help="training images of the synthetic set [%(default)s]")
+    group.add_argument("--synthetic-size", type=common.number(int, 100), default=12000, metavar="N",
+                       help="images of the synthetic set to train and validate on [%(default)s]")
     group.add_argument("--predict", nargs="+", metavar="FILE",
                        help="classify image files by best.pt in --out; - reads names from stdin")
-    args = common.parse_options(parser, fixed=(
+    return parser
+
+
+def main() -> None:
+    args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "widths", "units", "hidden", "dropout", "no_batch_norm", "synthetic_size"))
     device = common.select_device(args.device)
     common.keep_freed_memory()
     if args.predict:
         predict(args, device)
         return
+    data = load_data(args)
+    print(f"{data.name}: {len(data.train.labels)} images to train on, "
+          f"{len(data.validation.labels)} to validate, {len(data.test.labels)} to test; "
+          f"{len(data.classes)} classes; on {device}")
     with common.run_folder(args.out, args.resume) as folder:
-        data = load_data(args)
-        print(f"{data.name}: {len(data.train.labels)} images to train on, "
-              f"{len(data.validation.labels)} to validate, {len(data.test.labels)} to test; "
-              f"{len(data.classes)} classes; on {device}")
         history = train(args, data, folder, device)
         evaluate(args, data, folder, device, history)
 

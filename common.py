@@ -39,7 +39,7 @@ class UserError(Exception):
     """A mistake the user can mend: one line that names the file or flag, and the way out."""
 
 
-class Terminated(BaseException):
+class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program stands, so that `with` and `finally` still run."""
 
 
@@ -53,7 +53,7 @@ def run_main(main) -> None:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (KeyboardInterrupt, Terminated) as stop:
+    except KeyboardInterrupt as stop:
         sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
@@ -61,7 +61,7 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-# ---------------------------------------------------------------- What depends on the version of PyTorch
+# ---------------------------------------------------------------- PyTorch from 1.7 to today
 
 HAS_AUTOCAST = hasattr(torch, "autocast")  # 1.10; before, float16 on CUDA alone
 SAFE_LOADING = "weights_only" in torch.load.__code__.co_varnames  # 1.13
@@ -96,12 +96,12 @@ def select_device(name: str) -> torch.device:
     """The device called `name`; `auto` is CUDA, then MPS, then CPU, whichever is there first."""
     mps = getattr(torch.backends, "mps", None)  # Apple's GPUs, from PyTorch 1.12 on
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if mps and mps.is_available() else "cpu"
+        name = "mps" if mps and mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else name
     try:
         return torch.empty(1, device=name).device
     except Exception:
-        raise UserError(f"--device {name}: PyTorch finds no such device here; "
-                        "try --device auto") from None
+        raise UserError(f"--device {name}: not found by this PyTorch; try --device auto") from None
 
 
 def select_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -142,27 +142,21 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------- Command line
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: a finite int or float from `low` to `high`, both included."""
+def number(kind, low, high=10**9):
+    """An argparse type: an int or float from `low` to `high`, both included."""
     def parse(text):
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high and abs(kind(text)) != math.inf:
-                return kind(text)
-        limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-        noun = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text!r} is not a {noun} {limits}")
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+    parse.__name__ = kind.__name__  # as argparse calls it in "invalid int value"
     return parse
 
 
-def option_parser(script: str, doc: str, data_help: str, **defaults) -> ArgumentParser:
+def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse.ArgumentParser:
     """A parser with the options that mean the same in every script, and the script's defaults."""
-    parser = ArgumentParser(script, description=doc, allow_abbrev=False,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(script, description=doc, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{script}: error: {message}\n")
     group = parser.add_argument_group("options that every script has")
     for flag, kind, metavar, meaning in (
             ("--data", str, "DATA", data_help),
@@ -221,8 +215,7 @@ def write_file(path: Path, content: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; the file that was there before "
-                        "is unharmed") from None
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there is kept") from None
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -240,8 +233,8 @@ def using(path: Path):
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{path} is damaged or does not fit: "
-                        f"{type(error).__name__} {' '.join(str(error).split())[:120]}") from None
+        reason = " ".join(f"{type(error).__name__} {error}".split())[:150]
+        raise UserError(f"{path} is damaged or does not fit: {reason}") from None
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
@@ -263,34 +256,31 @@ def load_checkpoint(path: Path, script: str) -> dict:
 def run_folder(out: str, resume: bool):
     """The folder of a training run: `with run_folder(args.out, args.resume) as folder:`.
 
-    Only one run at a time may use it; another run's files in it are moved aside, unless it is
+    One run at a time may use it; what an earlier one left there is moved aside, unless it is
     resumed. A run that is interrupted says how to go on.
     """
     folder = Path(out).absolute()
     last = folder / "last.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # The system lets go of the lock when this process ends, in whatever way.
         lock = open(folder.with_name(folder.name + ".lock"), "w")
-        if fcntl:
+        if fcntl:  # the system lets go of it when this process ends, in whatever way
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if last.exists() and not resume:
-            names = (f"{folder}.{n}" for n in range(1, 10**6))
-            aside = next(name for name in names if not Path(name).exists())
-            folder.rename(aside)
+            names = (Path(f"{folder}.{n}") for n in range(1, 10**6))
+            aside = folder.rename(next(name for name in names if not name.exists()))
             folder.mkdir()
-            warn(f"{out} held another run, now in {aside} (--resume would go on with it)")
+            warn(f"{out} held another run, which is now in {out}.{str(aside).split('.')[-1]}")
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     except BlockingIOError:
-        raise UserError(f"--out {out}: another run is writing there; wait, or choose another "
-                        "folder") from None
+        raise UserError(f"--out {out}: another run is writing there; take another one") from None
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose a folder to write to") from None
     try:
         with lock:
             yield folder
-    except (KeyboardInterrupt, Terminated):
+    except KeyboardInterrupt:
         resume = ["--resume"] if last.exists() and not resume else []
         print("\ninterrupted; go on with:", *map(shlex.quote, ["python", *sys.argv, *resume]))
         raise
@@ -353,10 +343,10 @@ def write_history(path: Path, history: list) -> None:
 def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
     """Draw {y axis: {label: column}} as panels side by side, over the epochs."""
     figure, axes = new_figure(1, len(panels), (4.4 * len(panels), 3.5), title)
-    epochs = [row["epoch"] for row in history]
     for axis, (ylabel, curves) in zip(axes.flat, panels.items()):
         for label, column in curves.items():
-            axis.plot(epochs, [row[column] for row in history], ".-", label=label)
+            axis.plot([row["epoch"] for row in history], [row[column] for row in history], ".-",
+                      label=label)
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
@@ -432,12 +422,10 @@ def load_image_folder(folder: str, size: int, channels: int):
                 skipped.append(str(error))
         missing = set(range(len(classes))) - set(labels)
         if missing and part == "train" or not images:
-            raise UserError(f"--data {folder}: no image can be read in "
-                            f"{base / classes[min(missing)]}")
+            raise UserError(f"--data {folder}: no readable image in {base / classes[min(missing)]}")
         loaded[part] = torch.from_numpy(np.stack(images)), torch.tensor(labels)
     if skipped:
-        warn(f"skipped {len(skipped)} files: {'; '.join(skipped[:3])}"
-             + "; ..." * (len(skipped) > 3))
+        warn(f"skipped {len(skipped)} files: {'; '.join(skipped[:3])}{' ...' * (len(skipped) > 3)}")
     return loaded, classes
 
 
@@ -452,39 +440,40 @@ def load_torchvision(name: str, data_dir: str):
     except Exception as error:
         raise UserError(f"{name} needs torchvision, which fails to import ({error})") from None
     dataset = getattr(torchvision.datasets, name)
+
+    def load(**options):
+        return {part: dataset(data_dir, train=part == "train", **options)
+                for part in ("train", "test")}
     try:
-        parts = {"train": dataset(data_dir), "test": dataset(data_dir, train=False)}
+        parts = load()
     except Exception:  # it is not there, or not whole
         url = getattr(dataset, "url", None) or getattr(dataset, "mirrors", dataset.resources[0])[0]
-        problem = unreachable(url)
-        if problem:
-            raise UserError(f"{name} is not in {data_dir} and cannot be downloaded: {problem}")
         try:
-            parts = {part: dataset(data_dir, train=part == "train", download=True)
-                     for part in ("train", "test")}
+            require_answer(url)
+            parts = load(download=True)
         except Exception as error:
-            raise UserError(f"the download of {name} to {data_dir} failed: {error}") from None
+            raise UserError(f"{name} is not in {data_dir}, and no download: {error}") from None
     loaded = {}
     for part, data in parts.items():
-        images = torch.as_tensor(data.data)
+        images = torch.as_tensor(data.data)  # without a last dimension if it is grey
         loaded[part] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
     return loaded, parts["train"].classes
 
 
-def unreachable(url: str, seconds: int = 10) -> str:
-    """Why `url` does not answer in time, or "" if it does; even the look-up of a name can hang."""
+def require_answer(url: str, seconds: int = 10) -> None:
+    """Raise OSError unless `url` answers in time; even the look-up of its name can hang."""
     socket.setdefaulttimeout(seconds)  # for each wait of the download that follows
-    ask = ("import contextlib, sys, urllib.request, urllib.error\n"
-           "with contextlib.suppress(urllib.error.HTTPError):\n"  # any status is an answer
-           "    urllib.request.urlopen(sys.argv[1])")
+    ask = ("import sys, urllib.request, urllib.error\n"
+           "try: urllib.request.urlopen(sys.argv[1])\n"
+           "except urllib.error.HTTPError: pass\n"  # any status is an answer
+           "except Exception as error: sys.exit(str(getattr(error, 'reason', error)))")
     try:
-        subprocess.run([sys.executable, "-c", ask, url], timeout=seconds, check=True,
-                       stderr=subprocess.PIPE)
-        return ""
+        done = subprocess.run([sys.executable, "-c", ask, url], timeout=seconds,
+                              stderr=subprocess.PIPE)
     except subprocess.TimeoutExpired:
-        return f"no answer in {seconds} seconds"
-    except subprocess.CalledProcessError as error:
-        return error.stderr.decode().strip().split("\n")[-1]
+        raise OSError(f"no answer in {seconds} seconds") from None
+    if done.returncode:
+        raise OSError(done.stderr.decode().strip())
 
 
 def split_indices(labels: torch.Tensor, fraction: float, seed: int):
