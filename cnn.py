@@ -121,6 +121,9 @@ def load_data(args) -> Dataset:
             images, labels = parts["train"]
             keep, held = common.split_indices(labels, 0.1, args.seed)
             parts["train"], parts[part] = (images[keep], labels[keep]), (images[held], labels[held])
+            if not len(held):
+                raise common.UserError(f"--data {args.data}: no class has an image to spare to "
+                                       "validate or test on; provide more of them")
     return Dataset(name, classes, Part(*parts["train"]), Part(*parts["val"]), Part(*parts["test"]))
 
 
@@ -157,7 +160,7 @@ class CNN(nn.Module):
     mean, std: of each colour channel in the training part, in units of full brightness.
     """
 
-    def __init__(self, classes: int = 10, widths=(64, 128, 256), units: int = 1,
+    def __init__(self, classes: int = 10, widths=(32, 96, 192), units: int = 1,
                  hidden: int = 256, dropout: float = 0.2, batch_norm: bool = True,
                  mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
         super().__init__()
@@ -213,8 +216,8 @@ def cross_entropy(logits, labels, smoothing: float = 0.0):
             - smoothing * log_probabilities.mean())
 
 
-def train(args, data: Dataset, folder, device) -> None:
-    """Train a CNN; keep its last epoch and the one that is best on validation in `folder`."""
+def train(args, data: Dataset, folder, device) -> list:
+    """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
     common.seed_everything(args.seed)
     pixels = data.train.images[::10].reshape(-1, 3).float() / 255
     options = {"classes": len(data.classes), "widths": args.widths, "units": args.units,
@@ -313,7 +316,7 @@ def predict_logits(model: CNN, images, mirror: bool, device):
 def accuracy(logits, labels, top: int = 1) -> float:
     """The share of images whose label is among the `top` most probable classes."""
     best = logits.topk(min(top, logits.shape[1])).indices
-    return (best == labels[:, None]).any(1).float().mean().item()
+    return (best == labels[:, None]).any(1).double().mean().item()
 
 
 def calibration_error(logits, labels, bins: int = 15) -> float:
@@ -335,7 +338,7 @@ def evaluate(args, data: Dataset, folder, device, history) -> None:
     logits = predict_logits(model, data.test.images, not args.no_flip, device)
     labels = data.test.labels
     confusion = confusion_matrix(logits.argmax(1), labels, len(data.classes))
-    by_class = confusion.diag().float() / confusion.sum(1).clamp(min=1)
+    by_class = confusion.diag().double() / confusion.sum(1).clamp(min=1)
     test = {"accuracy": accuracy(logits, labels), "top3": accuracy(logits, labels, top=3),
             "loss": cross_entropy(logits, labels).item(),
             "calibration_error": calibration_error(logits, labels),
@@ -384,7 +387,7 @@ def draw_predictions(path, data, logits, title, columns=8):
     right = predicted == data.test.labels
     figure, axes = common.new_figure(4, columns, (1.55 * columns, 7.6), title)
     for rows, mask, colour in ((axes[:2], right, "green"), (axes[2:], ~right, "firebrick")):
-        chosen = mask.nonzero().flatten()
+        chosen = torch.where(mask)[0]
         surest = chosen[confidence[chosen].argsort(descending=True)]
         shown = torch.cat([surest[:columns], surest[columns:][::max(1, len(surest) // columns)]])
         for axis in rows.flat:
@@ -425,7 +428,10 @@ def load_model(path, device):
 def predict(args, device) -> None:
     """Print `file <tab> class <tab> probability` for each file of --predict."""
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    files = sys.stdin.read().splitlines() if args.predict == ["-"] else args.predict
+    files = sys.stdin.read().split("\n") if args.predict == ["-"] else args.predict
+    files = [file for file in files if file]
+    if not files:
+        return
     images = torch.from_numpy(np.stack([common.read_image(file, SIZE, 3) for file in files]))
     logits = predict_logits(model, images, checkpoint["mirror"], device)
     probabilities = F.softmax(logits, dim=1)
@@ -453,7 +459,7 @@ def build_parser():
                        help="share of the hidden layer zeroed in training [%(default)s]")
     group.add_argument("--label-smoothing", type=share, default=0.1, metavar="SHARE",
                        help="share of each target spread over all classes [%(default)s]")
-    group.add_argument("--crop", type=common.number(int, 0, SIZE - 1), default=2, metavar="PIXELS",
+    group.add_argument("--crop", type=common.number(int, 0, SIZE - 1), default=3, metavar="PIXELS",
                        help="largest random shift of a training image [%(default)s]")
     group.add_argument("--schedule", choices=("cosine", "constant"), default="cosine",
                        help="learning rate after the warm-up [%(default)s]")
@@ -476,6 +482,7 @@ def main() -> None:
         predict(args, device)
         return
     data = load_data(args)
+    args.data = data.name  # so that a resumed run cannot end up on another set
     print(f"{data.name}: {len(data.train.labels)} images to train on, "
           f"{len(data.validation.labels)} to validate, {len(data.test.labels)} to test; "
           f"{len(data.classes)} classes; on {device}")

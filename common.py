@@ -48,6 +48,8 @@ def run_main(main) -> None:
     def terminate(signal_number, frame):
         raise Terminated
     signal.signal(signal.SIGTERM, terminate)
+    # What PyTorch warns of differs from version to version, and is in order here.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
     try:
         main()
     except UserError as error:
@@ -94,10 +96,10 @@ def compile_model(model: nn.Module, enabled: bool) -> nn.Module:
 
 def select_device(name: str) -> torch.device:
     """The device called `name`; `auto` is CUDA, then MPS, then CPU, whichever is there first."""
-    mps = getattr(torch.backends, "mps", None)  # Apple's GPUs, from PyTorch 1.12 on
     if name == "auto":
-        name = "mps" if mps and mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
+        mps = getattr(torch.backends, "mps", None)  # Apple's GPUs, from PyTorch 1.12 on
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if mps and mps.is_available() else "cpu")
     try:
         return torch.empty(1, device=name).device
     except Exception:
@@ -117,10 +119,9 @@ def select_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 def seed_everything(*seed: int) -> None:
-    """Seed Python, NumPy and PyTorch on every device from one or more whole numbers.
+    """Seed Python, NumPy and PyTorch, on every device, from one or more whole numbers.
 
-    Each epoch begins with `seed_everything(seed, epoch)`: nothing random is carried from one
-    epoch to the next, so a resumed run draws the numbers that the first one would have.
+    Each epoch begins with `seed_everything(seed, epoch)`, so a resumed run draws the same numbers.
     """
     state = int(np.random.SeedSequence(seed).generate_state(1)[0])
     random.seed(state)
@@ -129,10 +130,7 @@ def seed_everything(*seed: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensors, instead of mapping each one afresh.
-
-    Otherwise up to a third of a training step on the CPU goes into page faults.
-    """
+    """Have glibc keep freed memory for the next tensors: mapping it anew costs page faults."""
     with contextlib.suppress(OSError, AttributeError):  # not glibc
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block by itself
@@ -254,10 +252,8 @@ def load_checkpoint(path: Path, script: str) -> dict:
 
 @contextlib.contextmanager
 def run_folder(out: str, resume: bool):
-    """The folder of a training run: `with run_folder(args.out, args.resume) as folder:`.
-
-    One run at a time may use it; what an earlier one left there is moved aside, unless it is
-    resumed. A run that is interrupted says how to go on.
+    """Context of a training run: its folder, for it alone, with an earlier run moved aside unless
+    it is resumed. A run that is interrupted says how to go on.
     """
     folder = Path(out).absolute()
     last = folder / "last.pt"
@@ -267,10 +263,10 @@ def run_folder(out: str, resume: bool):
         if fcntl:  # the system lets go of it when this process ends, in whatever way
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if last.exists() and not resume:
-            names = (Path(f"{folder}.{n}") for n in range(1, 10**6))
-            aside = folder.rename(next(name for name in names if not name.exists()))
+            n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
+            folder.rename(f"{folder}.{n}")
             folder.mkdir()
-            warn(f"{out} held another run, which is now in {out}.{str(aside).split('.')[-1]}")
+            warn(f"{out} held another run, which is now in {out}.{n}")
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     except BlockingIOError:
@@ -281,8 +277,8 @@ def run_folder(out: str, resume: bool):
         with lock:
             yield folder
     except KeyboardInterrupt:
-        resume = ["--resume"] if last.exists() and not resume else []
-        print("\ninterrupted; go on with:", *map(shlex.quote, ["python", *sys.argv, *resume]))
+        command = f"python {shlex.quote(sys.argv[0])} --out {shlex.quote(out)} --resume"
+        print("\ninterrupted;", f"go on with: {command}" if last.exists() else "nothing saved yet")
         raise
 
 
@@ -304,9 +300,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list:
 
 
 def warmup_cosine(optimizer, warmup: int, total: int):
-    """Learning rate up to its peak in a line over `warmup` steps, then to 0 along half a cosine.
-
-    Warm-up: Goyal et al., 2017. Cosine: Loshchilov and Hutter, 2017.
+    """Learning rate up to its peak in a line over `warmup` steps (Goyal et al., 2017), then to 0
+    along half a cosine (Loshchilov and Hutter, 2017).
     """
     def factor(step):
         if step < warmup:
@@ -348,6 +343,7 @@ def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
             axis.plot([row["epoch"] for row in history], [row[column] for row in history], ".-",
                       label=label)
         axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     save_figure(path, figure)
@@ -463,17 +459,14 @@ def load_torchvision(name: str, data_dir: str):
 def require_answer(url: str, seconds: int = 10) -> None:
     """Raise OSError unless `url` answers in time; even the look-up of its name can hang."""
     socket.setdefaulttimeout(seconds)  # for each wait of the download that follows
-    ask = ("import sys, urllib.request, urllib.error\n"
-           "try: urllib.request.urlopen(sys.argv[1])\n"
-           "except urllib.error.HTTPError: pass\n"  # any status is an answer
-           "except Exception as error: sys.exit(str(getattr(error, 'reason', error)))")
+    ask = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
     try:
         done = subprocess.run([sys.executable, "-c", ask, url], timeout=seconds,
                               stderr=subprocess.PIPE)
     except subprocess.TimeoutExpired:
         raise OSError(f"no answer in {seconds} seconds") from None
-    if done.returncode:
-        raise OSError(done.stderr.decode().strip())
+    if done.returncode and b"HTTPError" not in done.stderr:  # any status is an answer
+        raise OSError(done.stderr.decode().strip().split("\n")[-1])
 
 
 def split_indices(labels: torch.Tensor, fraction: float, seed: int):
@@ -483,4 +476,4 @@ def split_indices(labels: torch.Tensor, fraction: float, seed: int):
     for label in labels.unique():
         members = order[labels[order] == label]
         held[members[:math.ceil(fraction * len(members)) if len(members) > 1 else 0]] = True
-    return torch.nonzero(~held).flatten(), torch.nonzero(held).flatten()
+    return torch.where(~held)[0], torch.where(held)[0]

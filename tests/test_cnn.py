@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from PIL import Image
 from torch import nn
 
 import cnn
 import common
-from conftest import ROOT
 
 TINY = ("--data", "synthetic", "--synthetic-size", 600, "--widths", 8, 8, 8, "--hidden", 16,
         "--device", "cpu")
@@ -181,6 +181,7 @@ def test_it_learns_writes_everything_and_predicts(run, tmp_path):
     assert np.mean(right) > 0.4
     assert all(0.1 <= float(line.split("\t")[2]) <= 1 for line in lines)
     assert run("cnn.py", "--predict", "-", stdin="\n".join(names)).stdout.splitlines() == lines
+    assert run("cnn.py", "--predict", "-").stdout == ""
     assert run("cnn.py", "--predict", "no.png", status=2).stderr == (
         "cnn.py: error: no.png: no such file\n")
 
@@ -196,7 +197,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path, stop, sta
         if line.startswith("epoch   2/4"):
             process.send_signal(stop)
             break
-    assert "go on with: python" in process.communicate(timeout=60)[0]
+    assert process.communicate(timeout=60)[0].endswith("--out cut --resume\n")
     assert process.returncode == status
     run("cnn.py", "--resume", "--out", "cut")
     for name in ("last.pt", "best.pt"):
@@ -231,15 +232,24 @@ def test_own_images_train_from_a_folder(run, tmp_path):
     assert checkpoint["classes"] == sorted(cnn.SHAPES)
 
 
-def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run, tmp_path):
+def test_too_few_images_to_hold_any_out_is_one_line(run, tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (9, 9)).save(str(tmp_path / "photos" / name / "0.png"))
+    assert run("cnn.py", "--data", "photos", status=2).stderr == (
+        "cnn.py: error: --data photos: no class has an image to spare to validate or test on; "
+        "provide more of them\n")
+
+
+def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
     offline = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
+    problem = ("CIFAR10 is not in data, and no download: urllib.error.URLError: <urlopen error "
+               "[Errno 111] Connection refused>\n")
     done = run("cnn.py", *TINY, "--data", "auto", "--epochs", 1, env=offline)
-    assert done.stderr == ("warning: CIFAR10 is not in data, and no download: [Errno 111] "
-                           "Connection refused\n         training on synthetic shapes instead\n")
+    assert done.stderr == f"warning: {problem}         training on synthetic shapes instead\n"
     assert done.stdout.startswith("synthetic: ")
     done = run("cnn.py", "--data", "cifar10", status=2, env=offline)
-    assert done.stderr == ("cnn.py: error: CIFAR10 is not in data, and no download: [Errno 111] "
-                           "Connection refused\n")
+    assert done.stderr == f"cnn.py: error: {problem}"
 
 
 def test_cifar10_files_in_place_are_used(monkeypatch):
