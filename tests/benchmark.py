@@ -27,7 +27,7 @@ import common  # noqa: E402
 
 # ---------------------------------------------------------------- cnn.py
 
-CNN_IMAGES = 150 * 128
+CNN_IMAGES = 100 * 128
 
 
 def cnn_data():

@@ -276,7 +276,7 @@ def test_cifar10_files_in_place_are_used(monkeypatch):
                    "--out"),
     (["--predict", "x.png"], "there is no runs/cnn/best.pt; train first, or name the run's folder "
                              "with --out"),
-    (["--out", "file/run"], "--out file/run: Not a directory; choose a folder to write to"),
+    ([*TINY, "--out", "file/run"], "--out file/run: Not a directory; choose a folder to write to"),
     (["--compil"], "unrecognized arguments: --compil"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(run, tmp_path, options, message):

@@ -20,7 +20,7 @@ def commands(text):
     lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.S)
              for line in block.replace("\\\n", " ").splitlines()] + re.findall(r"`([^`\n]+)`", text)
     for line in lines:
-        for command in re.split(r"&&|\|", line):
+        for command in re.split(r"&&|[|<>]", line):
             words = shlex.split(command, comments=True)
             if len(words) > 1 and words[0] == "python" and words[1][:-3] in SCRIPTS:
                 yield words[1][:-3], words[2:]
@@ -45,15 +45,14 @@ def test_functions_and_classes_that_a_document_names_exist(script):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_links_and_pictures_lead_somewhere(name):
-    text = text_of(name)
-    targets = re.findall(r"\]\(([^)\s]+)\)", text)
-    anchors = {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
-               for title in re.findall(r"^#+ (.*)$", text, re.M)}
-    for target in targets:
-        if target.startswith("#"):
-            assert target[1:] in anchors
-        elif not target.startswith("https://"):
-            assert (ROOT / target).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(name)):
+        if target.startswith("https://"):
+            continue
+        file, _, anchor = target.partition("#")
+        assert (ROOT / (file or name)).exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", text_of(file or name), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
 
 
 def test_every_figure_is_used():
