@@ -79,7 +79,6 @@ def read_table(path: str):
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            csv.field_size_limit(2**31 - 1)
             rows = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
             names = rows.fieldnames or ()
             first, second = ("text", "label") if {"text", "label"} <= set(names) else names[:2]
