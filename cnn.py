@@ -116,14 +116,10 @@ def load_data(args) -> Dataset:
     if parts is None:
         parts = {"train": synthetic_shapes(args.synthetic_size, args.seed),
                  "test": synthetic_shapes(args.synthetic_size // 5, args.seed + 2**32)}
-    for part in ("test", "val"):  # hold out a tenth of the training part for what is not given
-        if part not in parts:
-            images, labels = parts["train"]
-            keep, held = common.split_indices(labels, 0.1, args.seed)
-            parts["train"], parts[part] = (images[keep], labels[keep]), (images[held], labels[held])
-            if not len(held):
-                raise common.UserError(f"--data {args.data}: no class has an image to spare to "
-                                       "validate or test on; provide more of them")
+    common.hold_out_missing(parts, args.seed)
+    if not len(parts["val"][1]) or not len(parts["test"][1]):
+        raise common.UserError(f"--data {args.data}: no class has an image to spare to validate or "
+                               "test on; provide more of them")
     return Dataset(name, classes, Part(*parts["train"]), Part(*parts["val"]), Part(*parts["test"]))
 
 
@@ -160,7 +156,7 @@ class CNN(nn.Module):
     mean, std: of each colour channel in the training part, in units of full brightness.
     """
 
-    def __init__(self, classes: int = 10, widths=(32, 96, 192), units: int = 1,
+    def __init__(self, classes: int = 10, widths=(32, 64, 128), units: int = 1,
                  hidden: int = 256, dropout: float = 0.2, batch_norm: bool = True,
                  mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
         super().__init__()
@@ -235,11 +231,7 @@ def train(args, data: Dataset, folder, device) -> list:
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = []
     if args.resume:
-        checkpoint = common.load_checkpoint(folder / "last.pt", "cnn.py")
-        with common.using(folder / "last.pt"):
-            for name, part in state.items():
-                part.load_state_dict(checkpoint[name])
-            history = checkpoint["history"]
+        history = common.restore(folder / "last.pt", "cnn.py", state)
     compiled = common.compile_model(model, args.compile)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -445,12 +437,12 @@ def predict(args, device) -> None:
 def build_parser():
     parser = common.option_parser(
         "cnn.py", __doc__, "auto, cifar10, synthetic, or a folder of images in class sub-folders",
-        data="auto", out="runs/cnn", epochs=16, batch_size=128, lr=0.2, weight_decay=5e-4,
+        data="auto", out="runs/cnn", epochs=24, batch_size=128, lr=0.2, weight_decay=5e-4,
         clip=5.0, patience=10)
     group = parser.add_argument_group("options of the CNN")
     whole, share = common.number(int, 1), common.number(float, 0, 0.99)
-    group.add_argument("--widths", type=whole, nargs=3, metavar="N", default=[32, 96, 192],
-                       help="channels of the three blocks [32 96 192]")
+    group.add_argument("--widths", type=whole, nargs=3, metavar="N", default=[32, 64, 128],
+                       help="channels of the three blocks [32 64 128]")
     group.add_argument("--units", type=whole, default=1, metavar="N",
                        help="Conv2d + BatchNorm + ReLU before each pooling [%(default)s]")
     group.add_argument("--hidden", type=whole, default=256, metavar="N",

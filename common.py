@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import ctypes
 import io
 import json
@@ -67,6 +68,10 @@ def warn(message: str) -> None:
 
 HAS_AUTOCAST = hasattr(torch, "autocast")  # 1.10; before, float16 on CUDA alone
 SAFE_LOADING = "weights_only" in torch.load.__code__.co_varnames  # 1.13
+_cpu = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()  # 2.11; none known before
+CPU_HAS_BFLOAT16 = _cpu.get("avx512_bf16", False) or _cpu.get("amx_bf16", False)
+FUSED_ATTENTION = hasattr(nn.functional, "scaled_dot_product_attention")  # 2.0
+FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
 
 
 def autocast(device: torch.device, dtype: torch.dtype):
@@ -107,10 +112,13 @@ def select_device(name: str) -> torch.device:
 
 
 def select_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The type of the forward pass; `auto` is bfloat16 or float16 on CUDA, float32 elsewhere."""
+    """The type of the forward pass; `auto` is bfloat16 where the device has instructions for it,
+    float16 on older CUDA devices, float32 elsewhere.
+    """
     cuda = device.type == "cuda"
     if precision == "auto":
-        modern = cuda and HAS_AUTOCAST and torch.cuda.get_device_capability(device)[0] >= 8
+        modern = (HAS_AUTOCAST and torch.cuda.get_device_capability(device)[0] >= 8 if cuda
+                  else CPU_HAS_BFLOAT16 and device.type == "cpu")
         precision = "bfloat16" if modern else "float16" if cuda else "float32"
     if precision == "float16" and not cuda or precision == "bfloat16" and not HAS_AUTOCAST:
         raise UserError(f"--precision {precision} does not work on {device.type} with PyTorch "
@@ -250,6 +258,22 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return checkpoint
 
 
+def set_aside(folder: Path, name: str) -> None:
+    """Rename a folder that holds another run to `name`.1, .2 and so on, and say so."""
+    n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
+    folder.rename(f"{folder}.{n}")
+    warn(f"{name} held another run, which is now in {name}.{n}")
+
+
+def restore(path: Path, script: str, state: dict) -> list:
+    """Load what `script` saved of `state` back into its parts; return the history."""
+    checkpoint = load_checkpoint(path, script)
+    with using(path):
+        for name, part in state.items():
+            part.load_state_dict(checkpoint[name])
+        return checkpoint["history"]
+
+
 @contextlib.contextmanager
 def run_folder(out: str, resume: bool):
     """Context of a training run: its folder, for it alone, with an earlier run moved aside unless
@@ -263,10 +287,8 @@ def run_folder(out: str, resume: bool):
         if fcntl:  # the system lets go of it when this process ends, in whatever way
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if last.exists() and not resume:
-            n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
-            folder.rename(f"{folder}.{n}")
+            set_aside(folder, out)
             folder.mkdir()
-            warn(f"{out} held another run, which is now in {out}.{n}")
         for leftover in folder.glob(".*.tmp"):
             leftover.unlink()
     except BlockingIOError:
@@ -323,10 +345,10 @@ def clip_gradients(model: nn.Module, clip: float, step: int, scaler) -> torch.Te
     return norm
 
 
-def epochs_since_best(history: list, metric: str) -> int:
-    """For early stopping: how many epochs ago `metric`, the higher the better, was at its best."""
+def epochs_since_best(history: list, metric: str, best=max) -> int:
+    """For early stopping: how many epochs ago `metric` was at its best, the max or the min."""
     values = [row[metric] for row in history]
-    return len(values) - 1 - values.index(max(values))
+    return len(values) - 1 - values.index(best(values))
 
 
 def write_history(path: Path, history: list) -> None:
@@ -368,6 +390,43 @@ def save_figure(path: Path, figure) -> None:
     write_file(path, buffer.getvalue())
 
 
+# ---------------------------------------------------------------- Tables
+
+
+def read_table(path: str, names) -> list:
+    """Rows (line number, [cell, cell]) of a CSV or TSV file in UTF-8.
+
+    The first row is a header if it has both `names`, and tells their columns; a file without one
+    has them in the first two. Raises UserError with the number of a line that cannot be used.
+    """
+    try:
+        content = Path(path).read_bytes()
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UserError(f"--data {path}: {error.strerror}; name a CSV or TSV file") from None
+    except UnicodeDecodeError as error:
+        line = content[:error.start].count(b"\n") + 1
+        raise UserError(f"--data {path}: line {line} is not UTF-8; save it so") from None
+    tabs = "\t" in text.split("\n")[0]  # TSV has no quotes, so that a text may hold one
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",",
+                        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+    rows, columns = [], None
+    try:
+        for row in filter(None, reader):
+            if columns is None and set(names) <= set(row):
+                columns = [row.index(name) for name in names]
+                continue
+            columns = columns or [0, 1]
+            cells = [row[column] if column < len(row) else "" for column in columns]
+            if not all(cell.strip() for cell in cells):
+                raise UserError(f"--data {path}: line {reader.line_num} needs a {names[0]}, a tab "
+                                f"or comma, and a {names[1]}")
+            rows.append((reader.line_num, cells))
+    except csv.Error as error:
+        raise UserError(f"--data {path}: line {reader.line_num}: {error}") from None
+    return rows
+
+
 # ---------------------------------------------------------------- Images
 
 
@@ -389,11 +448,12 @@ def read_image(path, size: int, channels: int) -> np.ndarray:
         raise UserError(f"{path}: {problem}") from None
 
 
-def load_image_folder(folder: str, size: int, channels: int):
+def load_image_folder(folder: str, size: int, channels: int, labelled: bool = True):
     """Load `train/<class>/`, with or without `val/` and `test/`, or just `<class>/`.
 
     Returns {"train": (images, labels), ...} and the class names; images are uint8
     (N, size, size, channels), labels int64 (N,). Unreadable files are named and skipped.
+    Not `labelled`, all files are of one class, in sub-folders or not.
     Raises UserError if the folder is missing, or a class in it has no images.
     """
     root = Path(folder)
@@ -401,8 +461,10 @@ def load_image_folder(folder: str, size: int, channels: int):
         raise UserError(f"--data {folder}: neither a folder nor the name of a data set")
     parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     parts = parts if "train" in parts else {"train": root}
-    classes = sorted(entry.name for entry in parts["train"].iterdir() if entry.is_dir())
-    if len(classes) < 2:
+    classes = [""]
+    if labelled:
+        classes = sorted(entry.name for entry in parts["train"].iterdir() if entry.is_dir())
+    if labelled and len(classes) < 2:
         raise UserError(f"--data {folder}: {parts['train']} needs a sub-folder of images for each "
                         f"of at least two classes, and has {len(classes)}")
     loaded, skipped = {}, []
@@ -477,3 +539,12 @@ def split_indices(labels: torch.Tensor, fraction: float, seed: int):
         members = order[labels[order] == label]
         held[members[:math.ceil(fraction * len(members)) if len(members) > 1 else 0]] = True
     return torch.where(~held)[0], torch.where(held)[0]
+
+
+def hold_out_missing(parts: dict, seed: int) -> None:
+    """Where {"train": (images, labels), ...} has no "test" or "val", take a tenth of "train"."""
+    for part in ("test", "val"):
+        if part not in parts:
+            keep, held = split_indices(parts["train"][1], 0.1, seed)
+            parts[part] = tuple(tensor[held] for tensor in parts["train"])
+            parts["train"] = tuple(tensor[keep] for tensor in parts["train"])

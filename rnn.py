@@ -10,50 +10,37 @@ Pictures, checkpoints and figures go to runs/rnn (--out). rnn.md explains every 
 from __future__ import annotations
 
 import copy
-import csv
+import math
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_sequence
+from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
 import common
 
 PAD, UNKNOWN, END = range(3)  # the first symbols of every vocabulary; END also starts an answer
 IGNORE = -100  # fills targets after their end: cross_entropy leaves it out
 LONGEST = 400  # symbols of a text that are read
-METRICS = {"classify": "accuracy", "generate": "exact_match"}  # in the test, by task
 
 # ---------------------------------------------------------------- Data
 
 
-class Part(NamedTuple):
-    """Sequences: the training, validation or test part, or a batch of one."""
-
-    inputs: torch.Tensor  # int64 (N, longest): numbers of symbols, PAD after the end
-    lengths: torch.Tensor  # int64 (N,), always on the CPU
-    targets: torch.Tensor  # int64 (N,): classes; or (N, longest + 1): symbols, END, IGNORE
-
-
-class Dataset(NamedTuple):
-    task: str  # classify or generate
-    symbols: list  # the vocabulary
-    classes: list  # what a classifier answers; a generator answers with symbols
-    train: Part
-    validation: Part
-    test: Part
+# A part, or a batch. inputs: int64 (N, longest), numbers of symbols, PAD after the end; lengths:
+# int64 (N,), on the CPU; targets: int64 (N, 1), classes, or (N, longest + 1), symbols, END, IGNORE.
+Part = namedtuple("Part", "inputs lengths targets")
+# Of a task: its name, the vocabulary, what the targets are numbers of, and the three Parts.
+Dataset = namedtuple("Dataset", "task symbols answers train validation test")
 
 
 def temporal_order(count: int, seed):
-    """Strings of 20 to 100 symbols; the label is the order of the three X or Y among the noise.
-
-    Problem 6b of Hochreiter and Schmidhuber, 1997, whose strings had 100 to 110 symbols.
+    """Strings of 20 to 100 symbols, noise but for three X or Y, whose order is the label: problem
+    6b of Hochreiter and Schmidhuber, 1997 (100 to 110 symbols there).
     """
     random, texts, labels = np.random.default_rng(seed), [], []
     for length in random.integers(20, 101, count):
@@ -72,85 +59,56 @@ def sorting(count: int, seed):
     return texts, ["".join(sorted(text)) for text in texts]
 
 
-def read_table(path: str):
-    """Texts and labels of a CSV or TSV file: columns text and label, or else the first two.
-
-    Raises UserError if it cannot be read, or a label has too few rows to learn and to test it.
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ",")
-            names = rows.fieldnames or ()
-            first, second = ("text", "label") if {"text", "label"} <= set(names) else names[:2]
-            texts, labels = zip(*[(row[first] + "", row[second] + "") for row in rows])
-    except OSError as error:
-        raise common.UserError(f"--data {path}: {error.strerror}; name a CSV or TSV file") from None
-    except (ValueError, TypeError, csv.Error):  # TypeError: a field is missing
-        raise common.UserError(f"--data {path}, line {rows.line_num}: a table in UTF-8 is needed, "
-                               "its columns named, a text and a label in each row") from None
-    rare = [label for label, count in Counter(labels).items() if count < 3]
-    if rare or len(set(labels)) < 2:
-        raise common.UserError(f"--data {path}: too few rows of {', '.join(rare[:9]) or 'classes'};"
-                               " at least two classes are needed, and three rows of each")
-    return texts, labels
-
-
-def encode(texts, symbols):
-    """Numbers of symbols, int64 (N, longest), and lengths (N,); an empty text is one UNKNOWN."""
-    number = {symbol: i for i, symbol in enumerate(symbols)}
-    rows = [torch.tensor([number.get(symbol, UNKNOWN) for symbol in text[:LONGEST]] or [UNKNOWN])
-            for text in texts]
-    return pad_sequence(rows, True, PAD), torch.tensor([len(row) for row in rows])
+def encode(rows, vocabulary, padding: int):
+    """Numbers in the vocabulary, int64 (N, longest), and lengths (N,); nothing is one UNKNOWN."""
+    number = {symbol: i for i, symbol in enumerate(vocabulary)}
+    rows = [torch.tensor([number.get(symbol, UNKNOWN) for symbol in row[:LONGEST]] or [UNKNOWN])
+            for row in rows]
+    return pad_sequence(rows, True, padding), torch.tensor([len(row) for row in rows])
 
 
 def load_data(args, task: str) -> Dataset:
     """The data of one task: synthetic, or the texts of a file."""
-    if args.data == "synthetic":
-        generator, size = temporal_order, args.synthetic_size
-        if task == "generate":  # which takes longer to learn, and less time for each
-            generator, size = sorting, 3 * size
-        parts = [generator(size // n, [args.seed, n]) for n in (1, 5, 2)]
+    if args.data == "synthetic":  # sorting takes longer to learn, and less time for each
+        generator, size = {"classify": (temporal_order, 1), "generate": (sorting, 3)}[task]
+        parts = [generator(size * args.synthetic_size // n, [args.seed, n]) for n in (1, 5, 2)]
     else:
-        texts, labels = (np.array(column, object) for column in read_table(args.data))
-        numbers = torch.from_numpy(np.unique(labels, return_inverse=True)[1])
-        rest, test = common.split_indices(numbers, 0.1, args.seed)
-        keep, held = common.split_indices(numbers[rest], 0.1, args.seed)
-        parts = [(texts[i.numpy()], labels[i.numpy()]) for i in (rest[keep], rest[held], test)]
+        cells = [cells for _, cells in common.read_table(args.data, ("text", "label"))]
+        texts, labels = np.array(cells, object).reshape(-1, 2).T
+        classes, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
+        if len(classes) < 2 or counts.min() < 3:
+            rare = ", ".join(classes[counts < 3][:9]) or "classes"
+            raise common.UserError(f"--data {args.data}: too few rows of {rare}; two labels with "
+                                   "three rows each are needed (a header must be text,label)")
+        split = {"train": (np.arange(len(texts)), torch.from_numpy(numbers))}
+        common.hold_out_missing(split, args.seed)
+        indices = [split[part][0] for part in ("train", "val", "test")]
+        parts = [(texts[i], labels[i]) for i in indices]
     # A symbol seen once teaches little by itself; taken as unknown, it trains that embedding.
     counts = Counter("".join(parts[0][0]))
     symbols = ["", "", "\n", *sorted(s for s in counts if counts[s] > 1 and s != "\n")]
-    classes, encoded = sorted(set(parts[0][1])) if task == "classify" else [], []
-    for texts, answers in parts:
-        if task == "classify":
-            targets = torch.tensor([classes.index(answer) for answer in answers])
-        else:
-            targets, _ = encode([answer + "\n" for answer in answers], symbols)
-            targets[targets == PAD] = IGNORE
-        encoded.append(Part(*encode(texts, symbols), targets))
-    return Dataset(task, symbols, classes, *encoded)
+    answers = sorted(set(parts[0][1])) if task == "classify" else symbols
+    encoded = []
+    for texts, targets in parts:  # a class is one symbol, a sequence ends with END
+        targets = [[name] if task == "classify" else name + "\n" for name in targets]
+        encoded.append(Part(*encode(texts, symbols, PAD), encode(targets, answers, IGNORE)[0]))
+    return Dataset(task, symbols, answers, *encoded)
 
 
 def batches(lengths, size: int, groups: int) -> list:
-    """Indices of batches in random order, each of `groups` groups of sequences of like length.
-
-    lengths: int64 (N,). A group ends where the length changes, if it is at least half full.
-    """
+    """Indices of batches in random order, each of `groups` groups of sequences of like length."""
     order = (lengths + torch.rand(len(lengths))).argsort()  # at random within a length
-    ordered, cuts, full = lengths[order].tolist(), [0], max(2, size // groups)
-    for i in range(2, len(ordered) - 1):  # batch norm needs two sequences in a batch, at least
-        if i - cuts[-1] >= (full if ordered[i] == ordered[i - 1] else max(2, full // 2)):
-            cuts.append(i)
-    chunks = np.split(order.numpy(), cuts[1:])
+    # Batch norm needs two sequences at least; equal parts of at most three or more have them.
+    chunks = np.array_split(order.numpy(), math.ceil(len(order) / max(3, size // groups)))
     chunks = [torch.from_numpy(chunks[i]) for i in torch.randperm(len(chunks))]
     return [torch.cat(chunks[i:i + groups]) for i in range(0, len(chunks), groups)]
 
 
 def take(part: Part, indices, device) -> Part:
     """A batch, cut to its longest sequence."""
-    longest, targets = int(part.lengths[indices].max()), part.targets[indices]
-    targets = targets[:, :longest + 1] if targets.dim() > 1 else targets
-    inputs = part.inputs[indices, :longest]
-    return Part(inputs.to(device), part.lengths[indices], targets.to(device))
+    lengths = part.lengths[indices]
+    inputs = part.inputs[indices, :lengths.max()].to(device)
+    return Part(inputs, lengths, part.targets[indices, :lengths.max() + 1].to(device))
 
 
 # ---------------------------------------------------------------- Model
@@ -159,13 +117,11 @@ def take(part: Part, indices, device) -> Part:
 class Recurrent:
     """The layers of an RNN, LSTM or GRU, every step of them computed by the class's `step`.
 
-    The class of torch.nn behind it only creates the parameters; arguments, results and state
-    dicts are those of torch.nn. inputs: (T, N, input_size) or a PackedSequence; state: (layers *
-    directions, N, H), for the LSTM two of it, by default zeros. Returns the hidden states of the
-    last layer (T, N, directions * H) and the state of each sequence after its own last step.
+    The class of torch.nn behind it creates the parameters; arguments, results and state dicts are
+    as there. inputs: (T, N, input_size) or a PackedSequence; state: (layers * directions, N, H),
+    for the LSTM two of it, zeros if None. Returns the hidden states of the last layer (T, N,
+    directions * H) and the state of each sequence after its own last step.
     """
-
-    recorded = None  # a list put here receives the state and the gates of every step
 
     def forward(self, inputs, state=None):
         packed, directions = isinstance(inputs, PackedSequence), 2 if self.bidirectional else 1
@@ -181,19 +137,20 @@ class Recurrent:
         state, final = state if self.mode == "LSTM" else (state,), []
         for i, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(self.all_weights):
             if i % directions == 0:  # the first direction of a layer, or the only one
-                below = F.dropout(x, self.dropout, self.training) if i else x
+                below, x = F.dropout(x, self.dropout, self.training) if i else x, []
             # What the inputs contribute is known beforehand: one large product, not T small ones.
             steps = F.linear(below, weight_ih, bias_ih).split(sizes)
-            now, outputs = [s[i] for s in state], [None] * len(sizes)
+            now, past = [s[i] for s in state], [None] * len(sizes)
             for t in reversed(range(len(sizes))) if i % directions else range(len(sizes)):
                 n = sizes[t]  # the first n sequences have this step; the others keep their state
                 new, gates = self.step(steps[t], [s[:n] for s in now], weight_hh, bias_hh)
                 now = [torch.cat([s, old[n:]]) if n < len(old) else s for s, old in zip(new, now)]
-                outputs[t] = new[0]
-                if self.recorded is not None:
-                    self.recorded.append((now, gates))
+                past[t] = new, gates
             final.append(now)
-            x = torch.cat([x, torch.cat(outputs)], 1) if i % directions else torch.cat(outputs)
+            x.append(torch.cat([new[0] for new, _ in past]))  # (steps of all sequences, H)
+            if len(x) == directions:
+                x = torch.cat(x, 1)
+        self.past = past  # states and gates of the last direction, for a look at them
         state = tuple(torch.stack(tensors) for tensors in zip(*final))
         state = state if self.mode == "LSTM" else state[0]
         if packed:
@@ -241,9 +198,8 @@ CELLS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
 
 
 def recurrent(cell, backend, hidden, layers, dropout, bidirectional=False) -> nn.Module:
-    """Layers of a cell whose bias log(time) keeps what it holds for times from 1 to 100 steps.
-
-    Chrono initialization: Tallec and Ollivier, 2018.
+    """Layers whose units at first keep what they hold for 1 to 100 steps, by a bias of
+    log(steps): chrono initialization, Tallec and Ollivier, 2018.
     """
     module = CELLS[backend][cell](hidden, hidden, layers, dropout=dropout if layers > 1 else 0.0,
                                   bidirectional=bidirectional)
@@ -256,11 +212,18 @@ def recurrent(cell, backend, hidden, layers, dropout, bidirectional=False) -> nn
     return module
 
 
-def final_state(layers, x, lengths):
-    """The state after the last step of each sequence of x (T, N, hidden), none of it padding."""
-    if int(lengths.min()) < len(x):
-        x = pack_padded_sequence(x, lengths, enforce_sorted=False)
-    return layers(x)[1]
+def final_state(layers, embed, inputs, lengths):
+    """The state of each sequence after its own last step. Those of one length go together: no step
+    is padding, and none needs packing, which makes the library several times slower on the CPU.
+    """
+    lengths, order = lengths.sort()
+    counts = lengths.unique_consecutive(return_counts=True)[1].tolist()
+    states = [layers(embed(inputs[same, :n[0]].transpose(0, 1)))[1]  # of (T, N, hidden)
+              for same, n in zip(order.split(counts), lengths.split(counts))]
+    order = order.argsort()  # back to the order of the batch
+    if isinstance(states[0], tuple):
+        return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*states))
+    return torch.cat(states, 1)[:, order]
 
 
 class RNNClassifier(nn.Module):
@@ -270,34 +233,35 @@ class RNNClassifier(nn.Module):
     the end; lengths: int64 (N,), on the CPU -> logits: float (N, classes). The rest is Seq2Seq's.
     """
 
-    def __init__(self, symbols: int, classes: int, cell="lstm", backend="torch", hidden: int = 64,
-                 layers: int = 1, dropout=0.0, bidirectional=False, continuous=False):
+    def __init__(self, symbols: int, classes: int, cell="lstm", backend="torch", hidden=64,
+                 layers=1, dropout=0.0, bidirectional=False, continuous=False):
         super().__init__()
         self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
         self.layers = recurrent(cell, backend, hidden, layers, dropout, bidirectional)
-        width = 2 * hidden if bidirectional else hidden
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
+
+    def embed(self, inputs):
+        return self.dropout(self.input(inputs))
 
     def last_valid_step(self, inputs, lengths):
         """The last hidden state of each sequence (N, hidden); of both ends if bidirectional."""
-        x = self.dropout(self.input(inputs.transpose(0, 1)))  # (T, N, hidden)
-        if not self.layers.bidirectional:
-            # No packing, which makes the library several times slower on the CPU: padding comes
-            # too late to change the last valid step.
-            return self.layers(x)[0][lengths - 1, torch.arange(len(lengths))]
-        state = final_state(self.layers, x, lengths)
-        hidden = state[0] if isinstance(state, tuple) else state  # (layers * 2, N, hidden)
-        return torch.cat([hidden[-2], hidden[-1]], 1)
+        if self.layers.bidirectional:
+            state = final_state(self.layers, self.embed, inputs, lengths)
+            hidden = state[0] if isinstance(state, tuple) else state  # (layers * 2, N, hidden)
+            return torch.cat([hidden[-2], hidden[-1]], 1)
+        # Lengths at most a tenth apart go together: in one direction, what little padding there is
+        # comes too late to change the last valid step.
+        lengths, order = lengths.sort()
+        bands = (lengths.float().log() / 0.1).floor().unique_consecutive(return_counts=True)[1]
+        last = []
+        for band, n in zip(order.split(bands.tolist()), lengths.split(bands.tolist())):
+            output, _ = self.layers(self.embed(inputs[band, :n[-1]].transpose(0, 1)))
+            last.append(output[n - 1, torch.arange(len(n))])  # of (T, n, hidden)
+        return torch.cat(last)[order.argsort()]
 
     def forward(self, inputs, lengths, targets=None, teacher_forcing=None):
-        # Bands of lengths, each a tenth above the one before, go through the layers one by one:
-        # with little padding in any of them, batch norm still sees many lengths at once.
-        bands, order = (lengths.float().log() / 0.1).floor(), lengths.argsort()
-        _, counts = bands[order].unique_consecutive(return_counts=True)
-        last = [self.last_valid_step(inputs[band, :int(lengths[band].max())], lengths[band])
-                for band in order.split(counts.tolist())]
-        last = torch.cat(last)[order.argsort()]
+        last = self.last_valid_step(inputs, lengths)
         return self.output(self.dropout(self.batch_norm(last)))
 
 
@@ -309,8 +273,8 @@ class Seq2Seq(nn.Module):
     sampling, Bengio et al., 2015). With 0 it decodes greedily: of the targets only T matters.
     """
 
-    def __init__(self, symbols: int, cell="lstm", backend="torch", hidden: int = 64,
-                 layers: int = 1, dropout=0.0):
+    def __init__(self, symbols: int, cell="lstm", backend="torch", hidden=64, layers=1,
+                 dropout=0.0):
         super().__init__()
         self.embedding = nn.Embedding(symbols, hidden)
         self.encoder = recurrent(cell, backend, hidden, layers, dropout)
@@ -318,7 +282,7 @@ class Seq2Seq(nn.Module):
         self.output = nn.Linear(hidden, symbols)
 
     def forward(self, inputs, lengths, targets, teacher_forcing: float):
-        state = final_state(self.encoder, self.embedding(inputs.t()), lengths)
+        state = final_state(self.encoder, self.embedding, inputs, lengths)
         true = F.pad(targets.t().clamp(min=PAD), (0, 0, 1, 0), value=END)[:-1]  # (T, N)
         if teacher_forcing == 1:  # every input of the decoder is known: all steps in one call
             return self.output(self.decoder(self.embedding(true), state)[0]).transpose(0, 1)
@@ -333,8 +297,8 @@ class Seq2Seq(nn.Module):
 
 def build(run: dict, **changes) -> nn.Module:
     """The network that a run's options describe, with its best weights if there are any yet."""
-    kind = {"classify": RNNClassifier, "generate": Seq2Seq}[run["task"]]
-    model = kind(**{**run["options"], **changes})
+    model = {"classify": RNNClassifier, "generate": Seq2Seq}[run["task"]](
+        **{**run["options"], **changes})
     if "best" in run:
         model.load_state_dict(run["best"])
     return model.eval()
@@ -349,14 +313,15 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
     options = {"symbols": len(data.symbols), "cell": cell, "backend": args.backend,
                "hidden": args.hidden, "layers": args.layers, "dropout": args.dropout}
     if data.task == "classify":
-        options.update(classes=len(data.classes), bidirectional=args.bidirectional)
+        options.update(classes=len(data.answers), bidirectional=args.bidirectional)
     run = runs.setdefault(f"{data.task} {cell}", {
         "task": data.task, "cell": cell, "options": options, "symbols": data.symbols,
-        "classes": data.classes, "history": []})
+        "answers": data.answers, "history": []})
     history, model = run["history"], build(run).to(device)
-    groups = 4 if data.task == "classify" else 1  # without batch norm, one length a batch will do
+    groups = 2 if data.task == "classify" else 1  # without batch norm, one length a batch will do
     steps = len(batches(data.train.lengths, args.batch_size, groups))
-    optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr)
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
+                                  **common.FUSED_ADAM)
     schedule = common.warmup_cosine(optimizer, steps, args.epochs * steps)
     dtype = common.select_dtype(args.precision, device)
     scaler = common.gradient_scaler(dtype)
@@ -376,7 +341,7 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
         decay = (epoch - 1) / max(1, args.epochs - 1) if args.decay_teacher_forcing else 0
         teacher_forcing = args.teacher_forcing * (1 - decay)
         model.train()
-        total_loss, seen = torch.zeros((), device=device), 0
+        total_loss = torch.zeros((), device=device)
         bar = common.progress(batches(data.train.lengths, args.batch_size, groups),
                               f"{data.task} {cell} {epoch}/{args.epochs}")
         for step, indices in enumerate(bar):
@@ -392,21 +357,20 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
             scaler.update()
             schedule.step()
             total_loss += loss.detach() * len(indices)
-            seen += len(indices)
-            if step % 10 == 9:
-                bar.set_postfix_str(f"loss {total_loss / seen:.3f}", refresh=False)
-        row = {"task": data.task, "cell": cell, "epoch": epoch,
-               "learning_rate": schedule.get_last_lr()[0], "teacher_forcing": teacher_forcing,
-               "train_loss": total_loss.item() / seen,
-               "sequences_per_second": seen / (time.perf_counter() - start)}
-        row["validation_loss"], _, _, hits = predict_part(model, data.validation, device)
-        row["validation_accuracy"] = hits.mean().item()
-        row["seconds"] = time.perf_counter() - start
+        seen = len(data.train.lengths)
+        speed = seen / (time.perf_counter() - start)
+        validation_loss, _, _, hits = predict_part(model, data.validation, device)
+        row = {"task": data.task, "cell": cell, "epoch": epoch, "teacher_forcing": teacher_forcing,
+               "learning_rate": schedule.get_last_lr()[0],
+               "train_loss": total_loss.item() / seen, "validation_loss": validation_loss,
+               "validation_accuracy": hits.mean().item(), "sequences_per_second": speed,
+               "seconds": time.perf_counter() - start}
         history.append(row)
         print(f"{data.task} {cell:<4} epoch {epoch:3}/{args.epochs}   train loss "
-              f"{row['train_loss']:.4f}   validation loss {row['validation_loss']:.4f}, accuracy "
+              f"{row['train_loss']:.4f}   validation loss {validation_loss:.4f}, accuracy "
               f"{row['validation_accuracy']:.2%}   {row['seconds']:.1f} s", flush=True)
-        common.write_history(folder / "history.csv", sum((r["history"] for r in runs.values()), []))
+        common.write_history(folder / "history.csv", [
+            row for run in runs.values() for row in run["history"]])
         if common.epochs_since_best(history, "validation_accuracy") == 0:
             run["best"] = copy.deepcopy(model.state_dict())
             common.save_checkpoint(folder / "best.pt", {
@@ -421,157 +385,129 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
 
 
 def predict_part(model, part: Part, device):
-    """Mean loss; predictions and their probabilities, shaped as part.targets; (N,) which are right.
-
-    Symbols are generated without teacher forcing, and right if all of them are, END included.
+    """Mean loss; predictions and their probabilities, shaped as part.targets; (N,) which are
+    right: of symbols, generated without teacher forcing, all must be, END included.
     """
     model.eval()  # batch norm by its running averages, no dropout
-    total, predicted = 0.0, part.targets.clone()
-    probabilities = torch.ones(predicted.shape)
+    predicted, probabilities = part.targets.clone(), torch.ones(part.targets.shape)
+    loss = 0.0
     for indices in part.lengths.argsort().split(500):
         batch = take(part, indices, device)
         with torch.no_grad():
-            logits = model(*batch, 0.0)
-        total += F.cross_entropy(logits.flatten(0, -2), batch.targets.flatten(), reduction="sum")
-        probability, best = F.softmax(logits.cpu(), -1).max(-1)  # (n,) or (n, T)
-        where = (indices[:, None], torch.arange(best.shape[1])) if best.dim() > 1 else indices
-        predicted[where], probabilities[where] = best, probability
+            logits = model(*batch, 0.0).cpu()
+        loss += F.cross_entropy(logits.flatten(0, -2), part.targets[
+            indices, :batch.targets.shape[1]].flatten(), reduction="sum").item()
+        best = F.softmax(logits, -1).view(*batch.targets.shape, -1).max(-1)
+        predicted[indices, :best.indices.shape[1]] = best.indices
+        probabilities[indices, :best.values.shape[1]] = best.values
     counted = part.targets != IGNORE
-    hits = ((predicted == part.targets) | ~counted).view(len(predicted), -1).all(1).float()
-    return float(total) / int(counted.sum()), predicted, probabilities, hits
+    right = ((predicted == part.targets) | ~counted).all(1).float()
+    return loss / int(counted.sum()), predicted, probabilities, right
 
 
-def spell(target, data) -> str:
-    """The name of a class, or the symbols of a sequence up to END."""
-    if target.dim() == 0:
-        return data.classes[target]
-    return "".join(data.symbols[max(i, END)] for i in target.tolist()).split("\n")[0]
+def spell(answer, names) -> str:
+    """The name of a class, or the symbols of a sequence up to END; always one line."""
+    return "".join(names[max(i, PAD)] for i in answer.tolist()).split("\n")[0]
 
 
 def evaluate(args, tasks, runs, folder, device) -> None:
     """Measure the best networks on the test parts; draw the pictures; write summary.json."""
     title, test = f"{', '.join(args.cells)} on {args.data}", {cell: {} for cell in args.cells}
-    figure, axes = common.new_figure(len(tasks), 1, (8, 2.4 * len(tasks) + 0.4), f"{title}: test")
-    curves, by_length = [], []
+    curves, axes = common.new_figure(len(tasks), 3, (13, 3.2 * len(tasks) + 0.3), title)
+    examples, pages = common.new_figure(len(tasks), 1, (11, 3.4 * len(tasks) + 0.3), title)
     print("\ntask      cell parameters  accuracy  exact match  epochs  seconds  sequences/s")
-    for data, axis in zip(tasks, axes.flat):
-        groups, metric = data.test.lengths.argsort().chunk(8), METRICS[data.task]
-        loss, accuracy, share, answers, hits = {}, {}, {}, {}, {}
+    for data, panels, page in zip(tasks, axes, pages.flat):
+        groups, answers, hits = data.test.lengths.argsort().chunk(8), {}, {}
+        lengths = [data.test.lengths[group].float().mean() for group in groups]
         for cell in args.cells:
             run = runs[f"{data.task} {cell}"]
-            rows = {name: [row[name] for row in run["history"]] for name in run["history"][0]}
-            model = build(run).to(device)
+            columns = {name: [row[name] for row in run["history"]] for name in run["history"][0]}
+            model, epochs = build(run).to(device), columns["epoch"]
             _, answers[cell], _, hits[cell] = predict_part(model, data.test, device)
-            facts = {"parameters": sum(p.numel() for p in model.parameters()), "accuracy": "-",
-                     "exact_match": "-", "epochs": len(rows["epoch"]),
-                     "seconds": sum(rows["seconds"]),
-                     "sequences_per_second": sum(rows["sequences_per_second"]) / len(rows["epoch"])}
-            facts[metric] = test[cell][metric] = hits[cell].mean().item()
-            test[cell][data.task] = {k: v for k, v in facts.items() if v != "-"}
-            print("{:10}{:5}{:10,}{:>10}{:>13}{:8}{:9.1f}{:13.0f}".format(
-                data.task, cell, *(f"{v:.2%}" if k == metric else v for k, v in facts.items())))
-            loss[cell] = rows["epoch"], rows["train_loss"], ".-"
-            accuracy[cell] = rows["epoch"], rows["validation_accuracy"], ".-"
-            share[cell] = ([data.test.lengths[group].float().mean() for group in groups],
-                           [hits[cell][group].mean() for group in groups], ".-")
-        curves += [("epoch", f"{data.task}: training loss", loss),
-                   ("epoch", f"{data.task}: right in validation", accuracy)]
-        by_length += [("length of the sequence", f"{data.task}: right in the test", share)]
-        draw_predictions(axis, data, answers, torch.stack([*hits.values()]))
+            share = hits[cell].mean().item()
+            metric = "accuracy" if data.task == "classify" else "exact_match"
+            facts = {"parameters": sum(p.numel() for p in model.parameters()),
+                     "epochs": len(epochs), "seconds": sum(columns["seconds"]),
+                     "sequences_per_second": np.median(columns["sequences_per_second"]).item()}
+            test[cell][metric], test[cell][data.task] = share, facts
+            cells = [f"{share:.2%}" if metric == name else "-" for name in ("accuracy",
+                                                                          "exact_match")]
+            print("{:10}{:5}{parameters:10,}{:>10}{:>13}{epochs:8}{seconds:9.1f}"
+                  "{sequences_per_second:13.0f}".format(data.task, cell, *cells, **facts))
+            shares = [hits[cell][group].mean() for group in groups]
+            draw_line(panels[0], epochs, columns["train_loss"], cell, "epoch", "training loss")
+            draw_line(panels[1], epochs, columns["validation_accuracy"], cell, "epoch", "right")
+            draw_line(panels[2], lengths, shares, cell, "length of the sequence", "right")
+        panels[0].set(title=data.task, yscale="log")
+        panels[1].set_title(f"{data.task}: validation")
+        panels[2].set_title(f"{data.task}: test")
+        draw_predictions(page, data, answers, hits)
         if data.task == "classify":
-            draw_gates(folder / "gates.png", title, data, runs)
-            draw_gradients(folder / "gradients.png", title, data, args, runs)
-    common.save_figure(folder / "predictions.png", figure)
-    draw_lines(folder / "curves.png", title, curves)
-    draw_lines(folder / "lengths.png", title, by_length)
+            draw_memory(folder, title, data, args, runs)
+    common.save_figure(folder / "curves.png", curves)
+    common.save_figure(folder / "predictions.png", examples)
     seconds = sum(row["seconds"] for run in runs.values() for row in run["history"])
     common.write_summary(folder / "summary.json", script="rnn.py", data=args.data,
                          options=vars(args), test=test, seconds=seconds)
     print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}")
 
 
-def draw_lines(path, title, panels):
-    """Panels, two a row: [(x label, y label, {label: (x, y, style)})]; shares linear, else log."""
-    rows, columns = (len(panels) + 1) // 2, min(2, len(panels))
-    figure, axes = common.new_figure(rows, columns, (5.5 * columns, 3.2 * rows + 0.3), title)
-    for axis, (xlabel, ylabel, lines) in zip(axes.flat, panels):
-        for label, (x, y, style) in lines.items():
-            axis.plot(x, y, style, label=label)
-        axis.set(xlabel=xlabel, ylabel=ylabel, yscale="linear" if "right" in ylabel else "log")
-        axis.set_ylim(top=1.01 if "right" in ylabel else None)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    common.save_figure(path, figure)
+def draw_line(axis, x, y, label, xlabel, ylabel):
+    axis.plot(x, y, ".-", label=label)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.grid(True, alpha=0.3)
+    axis.legend(frameon=False)
 
 
 def draw_predictions(axis, data, answers, hits):
-    """A table of eight test sequences, those first that most cells got wrong; errors in red."""
-    shown = hits.sum(0).argsort()[:8].tolist()
-    rows = [["".join(data.symbols[i] for i in data.test.inputs[k, :50]),
-             *(spell(column[k], data) for column in (data.test.targets, *answers.values()))]
-            for k in shown]
-    colours = [["none", "none", *("none" if hit else "mistyrose" for hit in hits[:, k])]
-               for k in shown]
-    table = axis.table(rows, colours, colLabels=["sequence", "true", *answers], loc="center",
-                       cellLoc="left")
-    table.auto_set_column_width([*range(len(rows[0]))])
+    """Eight test sequences, those first that most cells got wrong, each with all answers."""
+    lines = []
+    for k in sum(hits.values()).argsort()[:8].tolist():
+        lines += ["".join(data.symbols[number] for number in data.test.inputs[k, :100])]
+        lines += [f"    {name:5} {spell(answer[k], data.answers)}"
+                  for name, answer in {"true": data.test.targets, **answers}.items()]
+    axis.text(0, 0, "\n".join(lines), family="monospace", fontsize=7)
     axis.axis("off")
 
 
-def record(model, inputs):
-    """The logits of inputs (N, T) without padding, and (state, gates) after each step.
-
-    `model` has backend scratch; the steps are those of its last layer, forwards.
-    """
-    steps, model.layers.recorded = inputs.shape[1], []
-    logits = model(inputs, torch.full((len(inputs),), steps))
-    return logits, model.layers.recorded[-steps * (2 if model.layers.bidirectional else 1):][:steps]
-
-
 def gradient_norms(model, inputs, targets):
-    """Norm of the gradient of a sequence's loss at the state after each step: (T,), mean over N."""
-    logits, steps = record(model, inputs)
-    loss = F.cross_entropy(logits, targets, reduction="sum")
-    gradients = torch.autograd.grad(loss, [part for state, _ in steps for part in state])
-    squares = torch.stack([gradient.pow(2).sum(1) for gradient in gradients])  # (T * states, N)
-    return squares.view(len(steps), -1, len(inputs)).sum(1).sqrt().mean(1)
+    """Norm of the gradient of a sequence's loss at the state after each step: (T,), mean over N.
+    The model has backend scratch; inputs (N, T) hold no padding.
+    """
+    logits = model(inputs, torch.full((len(inputs),), inputs.shape[1]))
+    loss = F.cross_entropy(logits, targets.flatten(), reduction="sum")
+    states = [part for state, _ in model.layers.past for part in state]
+    squares = [gradient.pow(2).sum(1) for gradient in torch.autograd.grad(loss, states)]
+    return torch.stack(squares).view(inputs.shape[1], -1, len(inputs)).sum(1).sqrt().mean(1)
 
 
-def draw_gates(path, title, data, runs):
-    """The gates of all units along a test sequence of the lower quartile in length."""
-    shown, pictures = data.test.lengths.argsort()[len(data.test.lengths) // 4], []
-    inputs = data.test.inputs[shown:shown + 1, :data.test.lengths[shown]]  # (1, T)
-    for name, run in runs.items():
-        if name.startswith("classify"):
-            with torch.no_grad():
-                _, steps = record(build(run, backend="scratch"), inputs)
-            for gate in steps[0][1]:
-                values = torch.cat([gates[gate] for _, gates in steps]).t()  # (hidden, T)
-                pictures.append((f"{name}: {gate}", values[values.mean(1).argsort()]))
-    figure, axes = common.new_figure(len(pictures) or 1, 1, (10, 1.7 * len(pictures) + 0.6), title)
-    for axis, (name, values) in zip(axes.flat, pictures):
-        image = axis.imshow(values, aspect="auto", vmin=0, vmax=1)
-        axis.set(title=name, ylabel="unit", xticks=range(values.shape[1]))
-        axis.set_xticklabels([data.symbols[i] for i in inputs[0]], fontsize=7)
-        figure.colorbar(image, ax=axis)
-    common.save_figure(path, figure)
-
-
-def draw_gradients(path, title, data, args, runs):
-    """The gradient at the state, against the distance to the end, before and after training."""
-    longest, lines = data.test.lengths == data.test.lengths.max(), {}
-    for colour, cell in zip(("C0", "C1", "C2"), CELLS["torch"]):
+def draw_memory(folder, title, data, args, runs):
+    """The norm of the gradient, after training if the cell was trained, and the gates along one of
+    the longest sequences.
+    """
+    longest, pictures = data.test.lengths == data.test.lengths.max(), {}
+    inputs, targets = data.test.inputs[longest], data.test.targets[longest]
+    figure, ((axis,),) = common.new_figure(1, 1, (5.5, 3.5), title)
+    for cell in CELLS["torch"]:
         common.seed_everything(args.seed)
         options = {**runs[f"classify {args.cells[0]}"]["options"], "cell": cell}
-        versions = {"untrained": {"task": "classify", "options": options}}
-        if cell in args.cells:
-            versions["trained"] = runs[f"classify {cell}"]
-        for label, run in versions.items():
-            model = build(run, backend="scratch").double()
-            norms = gradient_norms(model, data.test.inputs[longest], data.test.targets[longest])
-            style = colour + ("-" if label == "trained" else ":")
-            lines[f"{cell}, {label}"] = range(len(norms)), norms.flip(0) / norms[-1], style
-    draw_lines(path, title, [("steps before the end", "gradient norm, relative to the end", lines)])
+        run = runs.get(f"classify {cell}", {"task": "classify", "options": options})
+        model, name = build(run, backend="scratch").double(), cell
+        name += "" if "best" in run else ", untrained"
+        norms = gradient_norms(model, inputs, targets)
+        draw_line(axis, range(len(norms)), norms.flip(0) / norms[-1], name, "steps before the end",
+                  "gradient norm, relative to the end")
+        for gate in model.layers.past[0][1]:
+            values = torch.stack([gates[gate][0] for _, gates in model.layers.past], 1).detach()
+            pictures[f"{name}: {gate}"] = values[values.mean(1).argsort()]  # (hidden, T)
+    axis.set_yscale("log")
+    common.save_figure(folder / "gradients.png", figure)
+    figure, axes = common.new_figure(len(pictures), 1, (12, 1.7 * len(pictures) + 0.6), title)
+    for axis, (name, values) in zip(axes.flat, pictures.items()):
+        figure.colorbar(axis.imshow(values, aspect="auto", vmin=0, vmax=1), ax=axis)
+        axis.set(title=name, ylabel="unit", xticks=range(values.shape[1]))
+        axis.set_xticklabels([data.symbols[i] for i in inputs[0]], fontsize=6)
+    common.save_figure(folder / "gates.png", figure)
 
 
 def predict(args, device) -> None:
@@ -581,17 +517,17 @@ def predict(args, device) -> None:
     with common.using(path):  # of the runs that fit --tasks and --cells best, the most accurate
         run = max(runs, key=lambda run: (run["task"] == args.tasks[0], run["cell"] in args.cells,
                                          max(r["validation_accuracy"] for r in run["history"])))
-        data = Dataset(run["task"], run["symbols"], run["classes"], None, None, None)
         model = build(run).to(device)
     if texts == ["-"]:
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        texts = sys.stdin.read().splitlines()
-    inputs, lengths = encode(texts or [""], data.symbols)
+        texts = [line.rstrip("\n") for line in sys.stdin]
+    inputs, lengths = encode(texts or [""], run["symbols"], PAD)
     # The targets' shape alone counts: one class, or a symbol more than the inputs have.
-    targets = torch.zeros_like(inputs[:, 0] if data.classes else F.pad(inputs, (0, 1)))
-    _, answers, probabilities, _ = predict_part(model, Part(inputs, lengths, targets), device)
-    for text, target, probability in zip(texts, answers, probabilities):
-        print(f"{text}\t{spell(target, data)}\t{probability.prod():.4f}")
+    columns = 1 if run["task"] == "classify" else inputs.shape[1] + 1
+    part = Part(inputs, lengths, inputs.new_zeros(len(inputs), columns))
+    _, answers, probabilities, _ = predict_part(model, part, device)
+    for text, answer, probability in zip(texts, answers, probabilities):
+        print(f"{text}\t{spell(answer, run['answers'])}\t{probability.prod():.4f}")
 
 
 # ---------------------------------------------------------------- Command line
@@ -601,30 +537,27 @@ def build_parser():
     parser = common.option_parser(
         "rnn.py", __doc__, "synthetic, or a CSV or TSV file with columns text and label",
         data="synthetic", out="runs/rnn", epochs=12, batch_size=128, lr=3e-3, weight_decay=0.01,
-        clip=1.0, patience=10)
+        clip=1.0, patience=10, precision="float32")
     group = parser.add_argument_group("options of the RNN")
     whole, share = common.number(int, 1), common.number(float, 0, 1)
-    tasks, cells = list(METRICS), list(CELLS["torch"])
-    group.add_argument("--tasks", nargs="+", choices=tasks, default=tasks, metavar="TASK",
-                       help="classify, generate [both; own data: classify]")
-    group.add_argument("--cells", nargs="+", choices=cells, default=cells[:2], metavar="CELL",
-                       help="lstm, gru, rnn (a plain one, with tanh) [lstm gru]")
+    tasks, cells = ["classify", "generate"], list(CELLS["torch"])
+    for flag, kind, default, metavar, meaning in (
+            ("--hidden", whole, 64, "N", "width of the state and of the embedding"),
+            ("--layers", whole, 1, "N", "recurrent layers on top of each other"),
+            ("--dropout", share, 0.0, "SHARE", "share of a layer's inputs zeroed in training"),
+            ("--teacher-forcing", share, 1.0, "SHARE", "share of true symbols a decoder is fed"),
+            ("--synthetic-size", common.number(int, 100), 4000, "N", "strings; to sort, 3 times")):
+        group.add_argument(flag, type=kind, default=default, metavar=metavar,
+                           help=f"{meaning} [%(default)s]")
+    group.add_argument("--tasks", nargs="+", choices=tasks, default=tasks,
+                       help="both by default; own data: classify")
+    group.add_argument("--cells", nargs="+", choices=cells, default=cells[:2],
+                       help="rnn is a plain one, with tanh [lstm gru]")
     group.add_argument("--backend", choices=list(CELLS), default="torch",
-                       help="torch: the library's cells; scratch: those of this file [%(default)s]")
-    group.add_argument("--hidden", type=whole, default=64, metavar="N",
-                       help="width of the state and of the embedding [%(default)s]")
-    group.add_argument("--layers", type=whole, default=1, metavar="N",
-                       help="recurrent layers on top of each other [%(default)s]")
-    group.add_argument("--dropout", type=share, default=0.0, metavar="SHARE",
-                       help="share of a layer's inputs zeroed in training [%(default)s]")
-    group.add_argument("--bidirectional", action="store_true",
-                       help="classify by both ends of a sequence")
-    group.add_argument("--teacher-forcing", type=share, default=1.0, metavar="SHARE",
-                       help="share of true symbols that the decoder is fed [%(default)s]")
+                       help="cells of the library, or those of this file [%(default)s]")
     group.add_argument("--decay-teacher-forcing", action="store_true",
-                       help="lower that in a line to 0 in the last epoch")
-    group.add_argument("--synthetic-size", type=common.number(int, 100), default=4000, metavar="N",
-                       help="strings to learn to classify; 3 times as many to sort [%(default)s]")
+                       help="lower it in a line to 0 in the last epoch")
+    group.add_argument("--bidirectional", action="store_true", help="classify by both ends")
     group.add_argument("--predict", nargs="+", metavar="TEXT",
                        help="answer texts by best.pt in --out; - reads one a line from stdin")
     return parser
@@ -645,8 +578,7 @@ def main() -> None:
         runs = common.load_checkpoint(folder / "last.pt", "rnn.py")["runs"] if args.resume else {}
         for data in tasks:
             print(f"{data.task}, {args.data}: {len(data.train.lengths)} sequences to train on, "
-                  f"{len(data.validation.lengths)} to validate, {len(data.test.lengths)} to test; "
-                  f"{len(data.symbols) - 3} symbols; on {device}")
+                  f"{len(data.validation.lengths)} to validate, {len(data.test.lengths)} to test")
             for cell in args.cells:
                 train(args, data, cell, runs, folder, device)
         evaluate(args, tasks, runs, folder, device)

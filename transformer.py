@@ -7,18 +7,13 @@
 Pictures, checkpoints and figures go to runs/transformer (--out). transformer.md explains it all.
 """
 
-from __future__ import annotations
-
-import csv
-import io
 import math
 import random
 import string
 import sys
 import time
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,11 +21,13 @@ from torch import nn
 
 import common
 
-FUSED_ATTENTION = hasattr(F, "scaled_dot_product_attention")  # PyTorch 2.0
-FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
 PAD, BOS, EOS, UNK = range(4)  # padding, begin and end of a sequence, a token never seen
-SEPARATOR = {"chars": "", "words": " "}  # between the tokens of a text
+# A text's tokens, where any run of white space is one blank, and what joins them again.
+SPLIT = {"chars": lambda text: tuple(" ".join(text.split())), "words": lambda t: tuple(t.split())}
+JOIN = {"chars": "".join, "words": " ".join}
+METRICS = "loss", "token_accuracy", "exact_match", "error_rate"
 BEST = "validation_token_accuracy"  # picks the best epoch: finer than exact match, and never stuck
+SIZES = "d_model", "heads", "layers", "d_ff", "dropout"
 
 # ---------------------------------------------------------------- Data
 
@@ -39,9 +36,8 @@ TASKS = {
     "reverse": (lambda source: source[::-1], 2, 20, 30),
     "copy": (lambda source: source, 2, 20, 30),
     "sort": (lambda source: "".join(sorted(source)), 2, 20, 30),
-    # Last digit first: the order in which carrying makes the digits of a sum known.
-    "add": (lambda source: str(sum(map(int, source.split("+"))))[::-1], 1, 8, 12),
-}
+    # All numbers last digit first: the order in which carrying makes the digits of a sum known.
+    "add": (lambda source: str(sum(int(n[::-1]) for n in source.split("+")))[::-1], 1, 5, 8)}
 
 
 def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> dict:
@@ -49,51 +45,24 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> di
     generator, pairs = random.Random(seed), {}
     while len(pairs) < count:
         length = generator.randint(low, high)
+        source = "".join(generator.choices(string.ascii_lowercase, k=length))
         if task == "add":
-            source = "+".join(f"{generator.randrange(10**length):0{length}}" for _ in range(2))
-        else:
-            source = "".join(generator.choices(string.ascii_lowercase, k=length))
+            numbers = (generator.randrange(10**(length - 1), 10**length) for _ in range(2))
+            source = "+".join(str(number)[::-1] for number in numbers)
         pairs[tuple(source)] = [tuple(TASKS[task][0](source))]
     return pairs
 
 
-def tokenize(text: str, kind: str) -> tuple:
-    """Characters or words; any run of white space counts as one blank."""
-    return tuple(text.split() if kind == "words" else " ".join(text.split()))
-
-
 def read_pairs(path: str, kinds, max_length: int) -> dict:
-    """Read CSV or TSV: columns `source` and `target`, or the first two if no header has these.
-
-    Returns {source tokens: [target tokens, ...]}, with the targets of all lines of that source.
-    Raises UserError with the number of a line that cannot be used.
-    """
-    try:
-        content = Path(path).read_bytes()
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise common.UserError(f"--data {path}: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise common.UserError(f"--data {path}: line {line} is not UTF-8; save it so") from None
-    tabs = "\t" in text.split("\n")[0]  # TSV has no quotes, so that a text may hold one
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",",
-                        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
-    columns, pairs = None, defaultdict(list)
-    with common.using(Path(path)):
-        for row in filter(None, reader):
-            if columns is None and {"source", "target"} <= set(row):
-                columns = row.index("source"), row.index("target")
-                continue
-            columns = columns or (0, 1)
-            cells = [row[column] if column < len(row) else "" for column in columns]
-            source, target = map(tokenize, cells, kinds)
-            problem = "" if source and target else "needs a source, a tab or comma, and a target"
-            if max(len(source), len(target)) > max_length:
-                problem = f"has more than {max_length} tokens; shorten it, or raise --max-length"
-            if problem:
-                raise common.UserError(f"--data {path}: line {reader.line_num} {problem}")
-            pairs[source] += [] if target in pairs[source] else [target]
+    """Read {source tokens: [target tokens, ...]}, with the targets of all lines of a source."""
+    pairs = defaultdict(list)
+    for line, cells in common.read_table(path, ("source", "target")):
+        source, target = (SPLIT[kind](cell) for kind, cell in zip(kinds, cells))
+        if max(len(source), len(target)) > max_length:
+            raise common.UserError(f"--data {path}: line {line} has more than {max_length} tokens; "
+                                   "shorten it, or raise --max-length")
+        if target not in pairs[source]:
+            pairs[source].append(target)
     if len(pairs) < 10:
         raise common.UserError(f"--data {path}: {len(pairs)} different sources; 10 are needed")
     return pairs
@@ -106,20 +75,14 @@ class Vocabulary:
         self.tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(tokens)]
         self.numbers = {token: i for i, token in enumerate(self.tokens) if i > UNK}
 
-    def encode(self, source, target=()) -> tuple:
+    def encode(self, source, target=()):
         """int64 tensors: the source's `tokens <eos>` and the target's `<bos> tokens <eos>`."""
-        source, target = ([self.numbers.get(token, UNK) for token in row] + [EOS]
-                          for row in (source, target))
-        return torch.tensor(source), torch.tensor([BOS] + target)
+        return [torch.tensor([*first, *(self.numbers.get(token, UNK) for token in row), EOS])
+                for first, row in (((), source), ((BOS,), target))]
 
 
-class Dataset(NamedTuple):
-    name: str  # the data really used, as every log and picture calls it
-    vocabulary: Vocabulary
-    train: dict  # {source tokens: [right target tokens, ...]}, and so are the other parts
-    validation: dict
-    test: dict
-    longer: dict  # sources longer than any in training; none for data of your own
+# Each part: {source tokens: [right target tokens, ...]}. `longer`: sources beyond those trained on.
+Dataset = namedtuple("Dataset", "name vocabulary train validation test longer")
 
 
 def load_data(args) -> Dataset:
@@ -141,26 +104,24 @@ def load_data(args) -> Dataset:
 
 
 def batches(pairs: list, budget: float, shuffle: bool = False) -> list:
-    """Put pairs of like length together, at most `budget` tokens a batch, padding counted.
-
-    Returns lists of indices into `pairs`; with `shuffle`, chance decides between pairs of the
-    same lengths and on the order of the batches, but their number stays the same.
+    """Indices into `pairs`: pairs of like length together, at most `budget` tokens a batch with
+    the padding. With `shuffle`, chance orders the batches, and pairs of the same lengths.
     """
-    lengths = [tuple(map(len, pair)) for pair in pairs]
-    order = [(*lengths[i], random.random() if shuffle else i, i) for i in range(len(pairs))]
+    order = [(*map(len, pair), random.random() if shuffle else 0, i)
+             for i, pair in enumerate(pairs)]
     result, widest = [[]], (0, 0)
-    for *_, i in sorted(order):
-        widest = tuple(map(max, widest, lengths[i]))
+    for *lengths, _, i in sorted(order):
+        widest = tuple(map(max, widest, lengths))
         if result[-1] and (len(result[-1]) + 1) * sum(widest) > budget:
             result.append([])
-            widest = lengths[i]
+            widest = lengths
         result[-1].append(i)
     return random.sample(result, len(result)) if shuffle else result
 
 
 def collate(pairs, device):
-    """source (N, S) and target (N, T), both padded; mask: bool (N, 1, 1, S), True where the source
-    has a token, or None where all of it does, which spares attention the work."""
+    """source (N, S) and target (N, T), padded; mask: bool (N, 1, 1, S), True where the source has
+    a token, or None where all of it does, which spares attention the work."""
     source, target = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
                       for rows in zip(*pairs))
     mask = (source != PAD)[:, None, None, :]
@@ -171,11 +132,10 @@ def collate(pairs, device):
 
 
 def scaled_dot_product_attention(query, key, value, mask=None):
-    """softmax(Q K^T / sqrt(d_k)) V, and the weights that the softmax gives. Vaswani et al., 2017.
+    """softmax(Q K^T / sqrt(d_k)) V, (..., T, d_k), and the weights of the softmax, (..., T, S).
 
-    query: (..., T, d_k); key, value: (..., S, d_k); mask: bool, True where a query may look at a
-    key, broadcast to (..., T, S); every query needs one such key.
-    Returns (..., T, d_k) and (..., T, S).
+    query: (..., T, d_k); key, value: (..., S, d_k); mask: bool, broadcast to (..., T, S), True
+    where a query may look at a key; every query needs one such key. Vaswani et al., 2017.
     """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (..., T, S)
     if mask is not None:
@@ -192,84 +152,65 @@ def sinusoidal_positions(length: int, d_model: int):
 
 
 class MultiHeadAttention(nn.Module):
-    """Attention of several heads side by side, each in d_model / heads dimensions of its own."""
+    """Attention of several heads side by side, each in d_k = d_model / heads dimensions."""
 
-    def __init__(self, d_model: int, heads: int):
+    def __init__(self, d_model, heads):
         super().__init__()
-        self.heads = heads
         self.in_proj = nn.Linear(d_model, 3 * d_model)  # W_Q, W_K and W_V, one below the other
         self.out_proj = nn.Linear(d_model, d_model)  # W_O
-        self.keep_weights, self.weights = False, None  # True: for a picture, by the plain path
+        self.heads, self.keep_weights = heads, False  # True: for a picture, by the plain path
 
-    def project(self, x, first: int, last: int):
-        """Of query (0), key (1) and value (2) the first to last, in one matrix product.
-
-        x: (N, L, d_model) -> (last - first + 1, N, heads, L, d_k)
+    def project(self, x, first, last):
+        """Of query (0), key (1) and value (2) the first to last, in one matrix product:
+        (N, L, d_model) -> (last - first + 1, N, heads, L, d_k).
         """
         rows = slice(first * x.shape[-1], (last + 1) * x.shape[-1])
         x = F.linear(x, self.in_proj.weight[rows], self.in_proj.bias[rows])
         return x.view(*x.shape[:2], last - first + 1, self.heads, -1).permute(2, 0, 3, 1, 4)
 
-    def attend(self, query, key, value, mask=None, causal: bool = False):
+    def attend(self, query, key, value, mask=None, causal=False):
         """query: (N, heads, T, d_k); key, value: (N, heads, S, d_k) -> (N, T, d_model)."""
-        if FUSED_ATTENTION and not self.keep_weights:
+        if common.FUSED_ATTENTION and not self.keep_weights:
             x = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
         else:
             if causal:  # position t looks at 0 ... t, and not at what it is to predict
                 mask = torch.ones(query.shape[2], key.shape[2], device=query.device).tril().bool()
-            x, weights = scaled_dot_product_attention(query, key, value, mask)
-            self.weights = weights.detach() if self.keep_weights else None
+            x, self.weights = scaled_dot_product_attention(query, key, value, mask)
         return self.out_proj(x.transpose(1, 2).flatten(2))  # the heads side by side again
-
-
-class Residual(nn.Module):
-    """A sublayer, and around it dropout, the residual connection and layer norm.
-
-    Pre-norm, x + sublayer(norm(x)), leaves a path from end to end that no norm interrupts
-    (Xiong et al., 2020); post-norm, norm(x + sublayer(x)), is the paper's (Vaswani et al., 2017).
-    """
-
-    def __init__(self, d_model: int, dropout: float, pre_norm: bool):
-        super().__init__()
-        self.norm, self.dropout = nn.LayerNorm(d_model), nn.Dropout(dropout)
-        self.pre_norm = pre_norm
-
-    def forward(self, x, sublayer):
-        if self.pre_norm:
-            return x + self.dropout(sublayer(self.norm(x)))
-        return self.norm(x + self.dropout(sublayer(x)))
 
 
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward: (N, S, d_model) -> (N, S, d_model)."""
 
-    def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float, pre_norm: bool,
-                 sublayers: int = 2):
+    def __init__(self, d_model, heads, d_ff, dropout, pre_norm, sublayers=2):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, heads)
         self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(inplace=True),
                                           nn.Linear(d_ff, d_model))
-        self.residuals = nn.ModuleList(Residual(d_model, dropout, pre_norm)
-                                       for _ in range(sublayers))
+        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(sublayers))
+        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+
+    def residual(self, i, x, sublayer):
+        if self.pre_norm:  # a path from end to end that no norm interrupts: Xiong et al., 2020
+            return x + self.dropout(sublayer(self.norms[i](x)))
+        return self.norms[i](x + self.dropout(sublayer(x)))  # the paper: Vaswani et al., 2017
 
     def forward(self, x, mask=None):
         attention = self.self_attention
-        x = self.residuals[0](x, lambda y: attention.attend(*attention.project(y, 0, 2), mask))
-        return self.residuals[1](x, self.feed_forward)
+        x = self.residual(0, x, lambda y: attention.attend(*attention.project(y, 0, 2), mask))
+        return self.residual(1, x, self.feed_forward)
 
 
 class DecoderLayer(EncoderLayer):
     """Causal self-attention, cross-attention, feed-forward: (N, T, d_model) -> (N, T, d_model)."""
 
-    def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float, pre_norm: bool):
-        super().__init__(d_model, heads, d_ff, dropout, pre_norm, sublayers=3)
+    def __init__(self, d_model, heads, *sizes):
+        super().__init__(d_model, heads, *sizes, sublayers=3)
         self.cross_attention = MultiHeadAttention(d_model, heads)
 
-    def forward(self, x, cache: dict, mask=None, position=None):
-        """cache: "source" and "target", their keys and values (2, N, heads, length, d_k).
-
-        mask: the source's, (N, 1, 1, S). At a `position`, x is only what is there, (N * K, 1,
-        d_model), for K hypotheses of each source; what was before it comes from the cache.
+    def forward(self, x, cache, mask=None, position=None):
+        """cache: "source" and "target", keys and values (2, N, heads, length, d_k). At a
+        `position`, x is what is there alone, (N * K, 1, d_model), for K hypotheses of a source.
         """
         def look_back(y):
             query, *key_value = self.self_attention.project(y, 0, 2)
@@ -280,42 +221,37 @@ class DecoderLayer(EncoderLayer):
                 key_value = cache["target"][:, :, :, :position + 1]
             return self.self_attention.attend(query, *key_value, causal=position is None)
 
-        def look_at_source(y):  # for which K hypotheses are like K positions: its keys serve all
+        def look_at_source(y):  # K hypotheses are like K positions: the source's keys serve all
             y = y.reshape(cache["source"].shape[1], -1, y.shape[-1])
             query = self.cross_attention.project(y, 0, 0)
             return self.cross_attention.attend(*query, *cache["source"], mask).view(x.shape)
-        x = self.residuals[0](x, look_back)
-        x = self.residuals[1](x, look_at_source)
-        return self.residuals[2](x, self.feed_forward)
+        x = self.residual(0, x, look_back)
+        x = self.residual(1, x, look_at_source)
+        return self.residual(2, x, self.feed_forward)
 
 
 class Transformer(nn.Module):
     """Encoder and decoder, with one table of embeddings for source, target and output.
 
-    source: int64 (N, S); target: int64 (N, T) -> logits: float (N, T, vocabulary), where those
-    at t are for the token after target[:, t]. Vaswani et al., 2017.
-
-    vocabulary: how many tokens there are; max_length: the most in a source, and in a target.
+    int64 (N, S) and (N, T), of at most max_length tokens -> float (N, T, vocabulary): logits at t
+    for the token after target[:, t].
     """
 
-    def __init__(self, vocabulary: int, d_model: int = 64, heads: int = 4, layers: int = 2,
-                 d_ff: int = 256, dropout: float = 0.0, pre_norm: bool = True,
-                 max_length: int = 100):
+    def __init__(self, vocabulary, max_length=100, d_model=64, heads=4, layers=2, d_ff=256,
+                 dropout=0.0, pre_norm=True):
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary, d_model)
+        sizes = d_model, heads, d_ff, dropout, pre_norm
+        self.embedding, self.dropout = nn.Embedding(vocabulary, d_model), nn.Dropout(dropout)
         table = sinusoidal_positions(max_length + 1, d_model)  # one more, for <bos>
         self.register_buffer("positions", table, persistent=False)
-        self.dropout = nn.Dropout(dropout)
-        sizes = d_model, heads, d_ff, dropout, pre_norm
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(layers))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(layers))
         # The sum that pre-norm layers leave has not been normalised yet.
         self.encoder_norm = nn.LayerNorm(d_model) if pre_norm else nn.Identity()
         self.decoder_norm = nn.LayerNorm(d_model) if pre_norm else nn.Identity()
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)  # Glorot and Bengio, 2010
-                nn.init.zeros_(module.bias)
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)  # Glorot and Bengio, 2010
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # logits begin near 1 in size
 
     def embed(self, tokens, start: int = 0):
@@ -346,10 +282,10 @@ class Transformer(nn.Module):
 
 
 def cross_entropy(logits, tokens, smoothing: float = 0.0):
-    """Mean cross-entropy against targets of 1 - smoothing for the token, the rest for all alike.
+    """Mean cross-entropy against targets of 1 - smoothing for the token, the rest for all alike;
+    how many tokens count, which <pad> does not; how many are the most probable.
 
-    logits: float (N, T, vocabulary); tokens: int64 (N, T), where <pad> does not count. Also
-    returns how many count, and how many of these are the most probable. Szegedy et al., 2016.
+    logits: float (N, T, vocabulary); tokens: int64 (N, T). Szegedy et al., 2016.
     """
     kept, tokens = (tokens != PAD).flatten(), tokens.flatten()
     log_probabilities = F.log_softmax(logits.flatten(0, 1).float(), dim=1)
@@ -363,26 +299,23 @@ def train(args, data: Dataset, folder, device) -> list:
     common.seed_everything(args.seed)
     pairs = [data.vocabulary.encode(source, target)
              for source, targets in data.train.items() for target in targets]
-    options = {"vocabulary": len(data.vocabulary.tokens), "d_model": args.d_model,
-               "heads": args.heads, "layers": args.layers, "d_ff": args.d_ff,
-               "dropout": args.dropout, "pre_norm": not args.post_norm,
-               "max_length": 2 * max(len(row) for pair in pairs for row in pair)}
+    options = {"vocabulary": len(data.vocabulary.tokens), "pre_norm": not args.post_norm,
+               "max_length": 2 * max(len(row) for pair in pairs for row in pair),
+               **{name: getattr(args, name) for name in SIZES}}
     model = Transformer(**options).to(device)
     budget = args.batch_size * sum(len(s) + len(t) for s, t in pairs) / len(pairs)  # tokens
     steps = len(batches(pairs, budget))
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
-                                  betas=(0.9, 0.98), **FUSED_ADAM)
+                                  betas=(0.9, 0.98), **common.FUSED_ADAM)
     schedule = common.warmup_cosine(optimizer, args.warmup, args.epochs * steps)
-    dtype = common.select_dtype(args.precision, device)
+    # On CPUs, casting to bfloat16 and back costs matrices this small more than it saves.
+    precision = "float32" if (args.precision, device.type) == ("auto", "cpu") else args.precision
+    dtype = common.select_dtype(precision, device)
     scaler = common.gradient_scaler(dtype)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     history = []
     if args.resume:
-        checkpoint = common.load_checkpoint(folder / "last.pt", "transformer.py")
-        with common.using(folder / "last.pt"):
-            for name, part in state.items():
-                part.load_state_dict(checkpoint[name])
-            history = checkpoint["history"]
+        history = common.restore(folder / "last.pt", "transformer.py", state)
     compiled = common.compile_model(model, args.compile)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -409,25 +342,21 @@ def train(args, data: Dataset, folder, device) -> list:
             schedule.step()
             totals += torch.stack([loss.detach() * count, count, right])
             if step % 10 == 9:
-                loss, _, share = (totals / totals[1]).tolist()
-                bar.set_postfix_str(f"loss {loss:.3f}, tokens {share:.1%}", refresh=False)
+                bar.set_postfix_str(f"loss {totals[0] / totals[1]:.3f}", refresh=False)
         loss, _, share = (totals / totals[1]).tolist()
-        row = {"epoch": epoch, "learning_rate": schedule.get_last_lr()[0], "train_loss": loss,
-               "train_token_accuracy": share}
-        for name, value in measure(model, data.vocabulary, data.validation, device)[0].items():
-            row.update({} if name == "by_length" else {f"validation_{name}": value})
-        row["seconds"] = time.perf_counter() - start
-        history.append(row)
+        validation, _ = measure(model, data.vocabulary, data.validation, device)
+        history.append({"epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
+                        "train_loss": loss, "train_token_accuracy": share,
+                        **{f"validation_{name}": validation[name] for name in METRICS},
+                        "seconds": time.perf_counter() - start})
         print(f"epoch {epoch:3}/{args.epochs}   train loss {loss:.3f}, tokens {share:.2%}   "
-              f"validation loss {row['validation_loss']:.3f}, tokens "
-              f"{row['validation_token_accuracy']:.2%}, exact match "
-              f"{row['validation_exact_match']:.2%}   {row['seconds']:.1f} s", flush=True)
+              f"validation {describe(validation)}   {history[-1]['seconds']:.1f} s", flush=True)
         common.write_history(folder / "history.csv", history)
         if common.epochs_since_best(history, BEST) == 0:
             common.save_checkpoint(folder / "best.pt", {
                 "script": "transformer.py", "model": model.state_dict(), "model_options": options,
-                "data": data.name, "tokens": data.vocabulary.tokens, "metrics": row,
-                "kinds": [args.source_tokens, args.target_tokens]})
+                "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],
+                "data": data.name, "metrics": history[-1]})
         common.save_checkpoint(folder / "last.pt", {
             "script": "transformer.py", "options": vars(args), "history": history,
             **{name: part.state_dict() for name, part in state.items()}})
@@ -439,68 +368,42 @@ def train(args, data: Dataset, folder, device) -> list:
 
 @torch.no_grad()
 def beam_search(model: Transformer, source, mask=None, beam: int = 1) -> list:
-    """Write a target to each source token by token, keeping the `beam` best hypotheses of each.
+    """Write a target to each source (N, S) token by token, keeping the `beam` best hypotheses of
+    each. The greedy one, a beam of 1, can fall out of a wider beam; it competes at the end.
 
-    A beam of 1 is greedy decoding. A wider beam promises no better score by itself, since the
-    greedy hypothesis can fall out of it; here that one competes at the end.
-
-    source: int64 (N, S); mask: (N, 1, 1, S) or None. Returns N tuples: the score, which is the
-    log-probability over a length penalty (Wu et al., 2016); the log-probability; the tokens.
+    Returns N tuples: the score, which is the log-probability over a length penalty (Wu et al.,
+    2016); the log-probability; the tokens.
     """
     greedy = beam_search(model, source, mask) if beam > 1 else None
-    limit, result, device = len(model.positions) - 1, [None] * len(source), source.device
-    penalty = ((5 + torch.arange(limit + 1, device=device)) / 6.0)**0.6
-    active = torch.arange(len(source), device=device)  # sources still being worked on
+    n, limit, vocabulary = len(source), len(model.positions) - 1, len(model.embedding.weight)
+    penalty = ((5 + torch.arange(limit + 1, device=source.device)) / 6.0)**0.6
     caches = model.encode(source, mask)
-    tokens = source.new_full((len(source), 1, 1), BOS)  # (n, k, t + 1); k is 1, then `beam`
-    totals = torch.zeros(tokens.shape[:2], device=device)  # (n, k): log-probabilities
-    lengths, ended = torch.zeros_like(totals).long(), torch.zeros_like(totals).bool()
+    tokens = source.new_full((n, 1, 1), BOS)  # (n, k, position + 1); k is 1, then `beam`
+    totals = torch.zeros((n, 1), device=source.device)  # (n, k): log-probabilities
+    ended = totals.bool()
     for position in range(limit):
-        n, k, _ = tokens.shape
-        logits = model.decode(tokens[:, :, -1].reshape(n * k, 1), caches, mask, position)
-        steps = F.log_softmax(logits.float(), dim=-1).view(n, k, -1)  # (n, k, vocabulary)
-        steps[..., :EOS] = -math.inf  # <pad> and <bos> are no answers
-        frozen = torch.full_like(steps[0, 0], -math.inf)
-        frozen[PAD] = 0  # what has ended goes on as it is, at no cost
-        sums = totals[..., None] + torch.where(ended[..., None], frozen, steps)
-        lengths = lengths + (~ended).long()
+        logits = model.decode(tokens[:, :, -1].reshape(-1, 1), caches, mask, position)
+        steps = F.log_softmax(logits.float(), dim=-1).view(*ended.shape, vocabulary)
+        steps[..., :EOS] = steps[ended] = -math.inf  # <pad> and <bos> are no answers,
+        steps[..., PAD][ended] = 0  # but what has ended goes on as it is, at no cost
+        sums = totals[..., None] + steps
+        lengths = (tokens > EOS).sum(2) + 1  # one more: the token to come, or <eos>
         ranks = (sums / penalty[lengths][..., None]).flatten(1)  # (n, k * vocabulary)
         scores, chosen = ranks.topk(min(beam, ranks.shape[1]))  # (n, beam), the best first
-        parents = torch.arange(k, device=device).repeat_interleave(len(frozen))[chosen]
-        rows = torch.arange(n, device=device)[:, None] * k + parents  # of the n * k until now
-        newest = (chosen % len(frozen))[..., None]
-        tokens = torch.cat([tokens.flatten(0, 1)[rows], newest], 2)
-        totals, lengths = sums.flatten(1).gather(1, chosen), lengths.flatten()[rows]
-        ended = ended.flatten()[rows] | (newest[..., 0] == EOS)
+        newest = chosen % vocabulary
+        parents = ((chosen - newest) / vocabulary).long()  # which hypotheses these go on with
+        rows = torch.arange(n, device=source.device)[:, None] * ended.shape[1] + parents
+        tokens = torch.cat([tokens.flatten(0, 1)[rows], newest[..., None]], 2)
+        totals, ended = sums.flatten(1).gather(1, chosen), newest <= EOS
         # At best, an open hypothesis ends at the greatest length with no more probability lost.
         hope = (totals / penalty[limit]).masked_fill(ended, -math.inf).max(1).values
-        done = ended[:, 0] & (scores[:, 0] >= hope) | (position + 1 == limit)
-        if done.any():
-            best = active, scores[:, 0], totals[:, 0], tokens[:, 0, 1:]
-            for i, *numbers, row in zip(*(column[done].tolist() for column in best)):
-                result[i] = (*numbers, row[:(row + [EOS]).index(EOS)])
-            active, tokens, totals, lengths, ended, rows = (
-                x[~done] for x in (active, tokens, totals, lengths, ended, rows))
-            mask = mask if mask is None else mask[~done]
-            if len(active) == 0:
-                break
-        for cache in caches:
-            if beam > 1 or done.any():
-                cache["target"] = cache["target"][:, rows.flatten()]
-            if done.any():
-                cache["source"] = cache["source"][:, ~done]
+        if (ended[:, 0] & (scores[:, 0] >= hope)).all():
+            break
+        for cache in caches if beam > 1 else ():
+            cache["target"] = cache["target"][:, rows.flatten()]
+    best = (x[:, 0].tolist() for x in (scores, totals, tokens[..., 1:]))
+    result = [(score, total, row[:(row + [EOS]).index(EOS)]) for score, total, row in zip(*best)]
     return list(map(max, greedy, result)) if greedy else result
-
-
-def translate(model, vocabulary, sources, device, beam: int = 1) -> list:
-    """For each of the sources, in their order: score, log-probability, target tokens as text."""
-    model.eval()
-    pairs, result = [vocabulary.encode(source) for source in sources], {}
-    for indices in common.progress(batches(pairs, 8192), "decoding"):
-        source, _, mask = collate([pairs[i] for i in indices], device)
-        for i, (*numbers, row) in zip(indices, beam_search(model, source, mask, beam)):
-            result[i] = (*numbers, tuple(vocabulary.tokens[token] for token in row))
-    return [result[i] for i in range(len(pairs))]
 
 
 def edit_distance(a, b) -> int:
@@ -515,45 +418,56 @@ def edit_distance(a, b) -> int:
 
 @torch.no_grad()
 def measure(model, vocabulary, answers: dict, device, beam: int = 1):
-    """Returns metrics, and what translate() makes of each source.
+    """Metrics on {source: [right target, ...]}, and {source: (score, log-probability, tokens)}.
 
-    Teacher forcing: loss, token_accuracy. Free running, where the model goes on from its own
-    tokens: exact_match with any of a source's answers, also by_length of the source, and
-    error_rate, the edit distance to the nearest answer over its length.
+    Teacher forcing, to the first answer: loss, token_accuracy. Free running, against the nearest
+    answer: exact_match, also by_length of the source; error_rate, edit distance over its length.
     """
     model.eval()
-    pairs = [vocabulary.encode(source, target) for source in answers for target in answers[source]]
-    totals = torch.zeros(3, device=device)  # loss, tokens, right ones
-    for indices in batches(pairs, 16384):
+    pairs = [vocabulary.encode(source, targets[0]) for source, targets in answers.items()]
+    totals, rows = torch.zeros(3, device=device), {}  # loss, tokens, right ones; what it writes
+    for indices in common.progress(batches(pairs, 8192), "decoding"):
         source, target, mask = collate([pairs[i] for i in indices], device)
         loss, count, right = cross_entropy(model(source, target[:, :-1], mask), target[:, 1:])
         totals += torch.stack([loss * count, count, right])
+        rows.update(zip(indices, beam_search(model, source, mask, beam)))
     loss, _, token_accuracy = (totals / totals[1]).tolist()
-    found = translate(model, vocabulary, list(answers), device, beam)
-    nearest = [min((edit_distance(tokens, target), len(target)) for target in answers[source])
-               for source, (*_, tokens) in zip(answers, found)]
-    errors, length = map(sum, zip(*nearest))
-    groups = defaultdict(list)
-    for source, (distance, _) in zip(answers, nearest):
-        groups[len(source)].append(distance == 0)
-    return {"loss": loss, "token_accuracy": token_accuracy, "error_rate": errors / length,
-            "exact_match": sum(map(sum, groups.values())) / len(answers),
-            "by_length": {n: sum(groups[n]) / len(groups[n]) for n in sorted(groups)}}, found
+    found, errors, lengths, by_length = {}, 0, 0, defaultdict(list)
+    for i, (source, targets) in enumerate(answers.items()):
+        *numbers, row = rows[i]
+        found[source] = *numbers, tuple(vocabulary.tokens[token] for token in row)
+        distance, length = min((edit_distance(found[source][-1], row), len(row)) for row in targets)
+        errors, lengths = errors + distance, lengths + length
+        by_length[len(source)].append(distance == 0)
+    return {"loss": loss, "token_accuracy": token_accuracy, "error_rate": errors / max(1, lengths),
+            "exact_match": sum(map(sum, by_length.values())) / len(answers),
+            "by_length": {n: sum(row) / len(row) for n, row in sorted(by_length.items())}}, found
+
+
+def describe(metrics: dict) -> str:
+    return (f"loss {metrics['loss']:.3f}, tokens {metrics['token_accuracy']:.2%}, exact match "
+            f"{metrics['exact_match']:.2%}, error rate {metrics['error_rate']:.2%}")
 
 
 def evaluate(args, data: Dataset, folder, device, history) -> None:
     """Measure the best Transformer on the test part; draw the pictures; write summary.json."""
     model, vocabulary, checkpoint = load_model(folder / "best.pt", device)
     test, greedy = measure(model, vocabulary, data.test, device)
-    wider, found = measure(model, vocabulary, data.test, device, args.beam)
-    changed = [(a, b) for a, b in zip(greedy, found) if a[-1] != b[-1]]
-    test["beam"] = {"width": args.beam, "exact_match": wider["exact_match"],
-                    "error_rate": wider["error_rate"],
-                    "better": sum(a[0] < b[0] for a, b in changed),
-                    "worse": sum(a[0] > b[0] for a, b in changed)}
+    beam, wider = measure(model, vocabulary, data.test, device, args.beam)
+    gains = [wider[s][0] - greedy[s][0] for s in greedy if wider[s][-1] != greedy[s][-1]]
+    test["beam"] = {"width": args.beam, "exact_match": beam["exact_match"],
+                    "better": sum(g > 0 for g in gains), "worse": sum(g < 0 for g in gains)}
     test["best_epoch"] = checkpoint["metrics"]["epoch"]
+    print(f"\ntest on {data.name}, weights of epoch {test['best_epoch']}: {describe(test)}\n"
+          f"beam {args.beam}: {describe(beam)}; its score is better than greedy for "
+          f"{test['beam']['better']} of {len(greedy)} sources, worse for {test['beam']['worse']}")
     if data.longer:
         test["longer"], _ = measure(model, vocabulary, data.longer, device)
+        print(f"sources longer than any in training: {describe(test['longer'])}")
+    rows = [(row[-1] in data.test[source], source, row[-1]) for source, row in greedy.items()]
+    for right, source, target in rows[:4] + [row for row in rows[4:] if not row[0]][:4]:
+        print("  ", JOIN[args.source_tokens](source), "->", JOIN[args.target_tokens](target),
+              "" if right else "(wrong)")
     seconds = sum(row["seconds"] for row in history)
     common.write_summary(folder / "summary.json", script="transformer.py", data=data.name,
                          options=vars(args), test=test, seconds=seconds)
@@ -563,68 +477,39 @@ def evaluate(args, data: Dataset, folder, device, history) -> None:
         "share right": {"training tokens": "train_token_accuracy", "validation tokens": BEST,
                         "validation sequences": "validation_exact_match"},
         "learning rate": {"learning rate": "learning_rate"}})
-    draw_attention(folder / "attention.png", model, vocabulary, data.test, title, device)
-    draw_positions(folder / "positions.png", model.positions.cpu(), title)
-    draw_length(folder / "length.png", test, title)
-    print(f"\ntest on {data.name} ({len(found)} sources, weights of epoch {test['best_epoch']}): "
-          f"exact match {test['exact_match']:.2%}, error rate {test['error_rate']:.3%}, "
-          f"tokens with teacher forcing {test['token_accuracy']:.2%}\n"
-          f"beam {args.beam}: exact match {wider['exact_match']:.2%}; its score is better than "
-          f"greedy for {test['beam']['better']} sources, worse for {test['beam']['worse']}")
-    if data.longer:
-        print(f"sources longer than any in training: exact match "
-              f"{test['longer']['exact_match']:.2%}, error rate {test['longer']['error_rate']:.1%}")
-    rows = [(source, row[-1], row[-1] in data.test[source]) for source, row in
-            zip(data.test, greedy)]
-    for source, tokens, right in rows[:4] + [row for row in rows[4:] if not row[-1]][:4]:
-        print("  ", SEPARATOR[args.source_tokens].join(source), "->",
-              SEPARATOR[args.target_tokens].join(tokens), "" if right else "(wrong)")
+    _, *pair = max(rows, key=lambda row: (row[0], min(len(row[1]), 16)))
+    draw(folder, title, model, vocabulary, pair, test)
     print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}\n"
           f"write targets of your own with: python transformer.py --out {args.out} --predict TEXT")
 
 
-def draw_attention(path, model, vocabulary, answers, title, device):
-    """Where each head of the last decoder layer looks in a source as it writes each token."""
-    source = max(answers, key=lambda source: (min(len(source), 16), source))
-    target = translate(model, vocabulary, [source], device)[0][-1]
+def draw(folder, title, model, vocabulary, pair, test):
+    """Cross-attention of the last decoder layer on one pair; positions; accuracy by length."""
     attention = model.decoder[-1].cross_attention
     attention.keep_weights = True
-    tokens, written, _ = collate([vocabulary.encode(source, target)], device)
+    source, target, _ = collate([vocabulary.encode(*pair)], model.positions.device)
     with torch.no_grad():
-        model(tokens, written[:, :-1])
+        model(source, target[:, :-1])
     heads, height, width = attention.weights[0].shape
-    down, across = math.ceil(heads / 4), min(heads, 4)
-    figure, axes = common.new_figure(
-        down, across, (across * (1 + 0.2 * width), down * (1 + 0.2 * height)),
-        f"{title}: cross-attention of the last decoder layer")
+    figure, axes = common.new_figure(1, heads, (heads * (1 + 0.2 * width), 1.3 + 0.2 * height),
+                                     f"{title}: cross-attention of the last decoder layer")
     for head, (axis, weights) in enumerate(zip(axes.flat, attention.weights[0].cpu()), 1):
         axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-        axis.set(title=f"head {head}", xticks=range(width), yticks=range(height),
-                 xlabel="source", ylabel="token written")
-        axis.set_xticklabels([*source, "<eos>"], fontsize=8, rotation=90)
-        axis.set_yticklabels([*target, "<eos>"], fontsize=8)
-    common.save_figure(path, figure)
-
-
-def draw_positions(path, table, title):
-    """The positional encoding, and how alike two positions are by their dot product."""
-    figure, ((left, right),) = common.new_figure(1, 2, (10, 4), f"{title}: positional encoding")
-    left.imshow(table, cmap="RdBu", vmin=-1, vmax=1, aspect="auto", interpolation="nearest")
-    left.set(title="a position in each row", xlabel="dimension", ylabel="position")
-    image = right.imshow(table @ table.t() / (table[0] @ table[0]), cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, ax=right, label="dot product, as a share of that with itself")
-    right.set(title="how alike two positions are", xlabel="position", ylabel="position")
-    common.save_figure(path, figure)
-
-
-def draw_length(path, test, title):
+        axis.set(title=f"head {head}", xlabel="source", ylabel="token written")
+        axis.set_xticks(range(width), [*pair[0], "<eos>"], fontsize=8, rotation=90)
+        axis.set_yticks(range(height), [*pair[1], "<eos>"], fontsize=8)
+    common.save_figure(folder / "attention.png", figure)
+    figure, ((axis,),) = common.new_figure(1, 1, (6, 4), f"{title}: positional encoding")
+    figure.colorbar(axis.imshow(model.positions.cpu(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto"))
+    axis.set(xlabel="dimension", ylabel="position")
+    common.save_figure(folder / "positions.png", figure)
     figure, ((axis,),) = common.new_figure(1, 1, (8, 3.5), f"{title}: exact match against length")
-    for label, part in (("test part", test), ("longer than any in training", test.get("longer"))):
+    for label, part in ("test part", test), ("longer than any in training", test.get("longer")):
         if part:
             axis.bar(list(part["by_length"]), list(part["by_length"].values()), label=label)
     axis.set(xlabel="tokens in the source", ylabel="exact match", ylim=(0, 1.05))
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
-    common.save_figure(path, figure)
+    common.save_figure(folder / "length.png", figure)
 
 
 def load_model(path, device):
@@ -639,24 +524,23 @@ def load_model(path, device):
 def predict(args, device) -> None:
     """Print `source <tab> target <tab> probability` for each text of --predict."""
     model, vocabulary, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    kinds, lines = checkpoint["kinds"], args.predict
-    if lines == ["-"]:
-        sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")
-        lines = sys.stdin.read().rstrip("\n").split("\n")
-    sources = [tokenize(line, kinds[0]) for line in lines]
+    (kind, answer_kind), limit = checkpoint["kinds"], len(model.positions) - 1
+    for stream in sys.stdin, sys.stdout:
+        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    lines = args.predict if args.predict != ["-"] else sys.stdin.read().rstrip("\n").split("\n")
+    sources = [SPLIT[kind](line) for line in lines]
     for i, source in enumerate(sources, 1):
-        if not 0 < len(source) < len(model.positions):  # <eos> takes one
+        if not 0 < len(source) <= limit:  # <eos> takes one more
             raise common.UserError(f"--predict: line {i} has {len(source)} tokens, and the model "
-                                   f"takes 1 to {len(model.positions) - 1}; shorten it, or "
-                                   "train on longer ones")
+                                   f"takes 1 to {limit}; shorten it, or train on longer ones")
     unseen = {token for source in sources for token in source} - set(vocabulary.numbers)
     if unseen:
         common.warn("never seen in training, read as <unk>: " + " ".join(sorted(unseen)[:20]))
-    sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
-    found = translate(model, vocabulary, sources, device, args.beam)
-    for source, (_, log_probability, target) in zip(sources, found):
-        texts = (SEPARATOR[kind].join(row) for kind, row in zip(kinds, (source, target)))
-        print(*texts, f"{math.exp(log_probability):.4f}", sep="\t")
+    _, found = measure(model, vocabulary, {source: [()] for source in sources}, device, args.beam)
+    for source in sources:
+        _, log_probability, target = found[source]
+        answer = JOIN[answer_kind](target)
+        print(JOIN[kind](source), answer, f"{math.exp(log_probability):.4f}", sep="\t")
 
 
 # ---------------------------------------------------------------- Command line
@@ -667,18 +551,15 @@ def build_parser():
         "transformer.py", __doc__, "synthetic, or a CSV or TSV file with columns source and target",
         data="synthetic", out="runs/transformer", epochs=6, batch_size=64, lr=2e-3,
         weight_decay=0.01, clip=1.0, patience=10)
-    group = parser.add_argument_group("options of the Transformer", (
-        "A batch holds as many tokens as --batch-size pairs of average length: short pairs are "
-        "more, long ones fewer."))
+    group = parser.add_argument_group("options of the Transformer")
     whole, share = common.number(int, 1), common.number(float, 0, 0.99)
     group.add_argument("--task", choices=list(TASKS), default="reverse",
-                       help="the synthetic data; add gives a sum, its last digit first [reverse]")
+                       help="the synthetic data; add has its digits last one first [reverse]")
     for side in "source", "target":
-        group.add_argument(f"--{side}-tokens", choices=("chars", "words"), default="chars",
+        group.add_argument(f"--{side}-tokens", choices=list(SPLIT), default="chars",
                            help=f"what a token of a {side} is [chars]")
     for flag, kind, default, metavar, meaning in (
-            ("--synthetic-size", common.number(int, 100), 50000, "N",
-             "pairs of the synthetic data, all parts together"),
+            ("--synthetic-size", common.number(int, 100), 50000, "N", "synthetic pairs in all"),
             ("--max-length", whole, 256, "TOKENS", "longest source or target that --data may have"),
             ("--d-model", whole, 64, "N", "width of the model"),
             ("--heads", whole, 4, "N", "attention heads in a layer"),
@@ -689,7 +570,7 @@ def build_parser():
             ("--warmup", common.number(int, 0), 400, "STEPS", "steps until the rate is at --lr"),
             ("--beam", whole, 4, "K", "hypotheses that beam search keeps; 1: greedy decoding")):
         group.add_argument(flag, type=kind, default=default, metavar=metavar,
-                           help=meaning + " [%(default)s]")
+                           help=f"{meaning} [%(default)s]")
     group.add_argument("--post-norm", action="store_true",
                        help="layer norm after each residual connection, as in the paper")
     group.add_argument("--predict", nargs="+", metavar="TEXT",
@@ -700,10 +581,9 @@ def build_parser():
 def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "task", "synthetic_size", "source_tokens", "target_tokens", "max_length",
-        "d_model", "heads", "layers", "d_ff", "dropout", "post_norm"))
+        *SIZES, "post_norm"))
     if args.d_model % args.heads or args.d_model % 2:
-        raise common.UserError(f"--d-model {args.d_model}: must be even, and a multiple of --heads "
-                               f"{args.heads}")
+        raise common.UserError("--d-model must be even, and a multiple of --heads")
     device = common.select_device(args.device)
     common.keep_freed_memory()
     if args.predict:
@@ -712,8 +592,7 @@ def main() -> None:
     with common.run_folder(args.out, args.resume) as folder:
         data = load_data(args)
         print(f"{data.name}: {len(data.train)} sources to train on, {len(data.validation)} to "
-              f"validate, {len(data.test)} to test; {len(data.vocabulary.tokens)} tokens; "
-              f"on {device}")
+              f"validate, {len(data.test)} to test; {len(data.vocabulary.tokens)} tokens; {device}")
         history = train(args, data, folder, device)
         evaluate(args, data, folder, device, history)
 

@@ -3,10 +3,12 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
 import torch
@@ -191,20 +193,20 @@ def test_batches_hold_everything_once_and_little_padding(count, size, groups):
     lengths = torch.randint(20, 101, (count,))
     chunks = rnn.batches(lengths, size, groups)
     assert sorted(torch.cat(chunks).tolist()) == list(range(count))
-    assert all(2 <= len(chunk) <= groups * (max(size // groups, 2) + 1) for chunk in chunks)
+    assert all(2 <= len(chunk) <= groups * max(size // groups, 3) for chunk in chunks)
     if count == 9000 and groups == 1:
         padded = sum(len(chunk) * int(lengths[chunk].max()) for chunk in chunks)
         assert 1 - int(lengths.sum()) / padded < 0.02
 
 
-def test_layers_of_the_classifier_see_little_padding():
-    """However lengths are mixed in a batch, less than a tenth of what is computed is padding."""
-    model, computed = rnn.RNNClassifier(6, 3, hidden=4), []
+@pytest.mark.parametrize("bidirectional, most", [(False, 0.1), (True, 0)])
+def test_layers_see_little_padding_however_lengths_are_mixed(bidirectional, most):
+    model, computed = rnn.RNNClassifier(6, 3, hidden=4, bidirectional=bidirectional), []
     model.layers.register_forward_hook(lambda _, inputs, output: computed.append(
         inputs[0].shape[0] * inputs[0].shape[1]))
     lengths = torch.randint(20, 101, (500,))
     model(torch.randint(3, 6, (500, 100)), lengths)
-    assert 0 <= 1 - int(lengths.sum()) / sum(computed) < 0.1
+    assert 0 <= 1 - int(lengths.sum()) / sum(computed) <= most
 
 
 def write_table(path, rows, header=("text", "label")):
@@ -222,10 +224,9 @@ def words(count=60):
 def test_vocabulary_comes_from_the_training_part_alone(tmp_path):
     rows = [(text + chr(0x4e00 + i), label) for i, (text, label) in enumerate(words())]
     path = write_table(tmp_path / "a.tsv", rows)
-    arguments = type("", (), {"data": str(path), "max_length": 400, "seed": 0})
-    data = rnn.load_data(arguments, "classify")
+    data = rnn.load_data(Namespace(data=str(path), seed=0), "classify")
     assert data.symbols[3:] == list("abxyz")  # the characters that come once are unknown
-    assert data.classes == ["even, class", "odd"]
+    assert data.answers == ["even, class", "odd"]
     sizes = [len(part.lengths) for part in (data.train, data.validation, data.test)]
     assert sum(sizes) == 60 and sizes[1:] == [6, 6]
     for part in (data.train, data.validation, data.test):
@@ -234,18 +235,20 @@ def test_vocabulary_comes_from_the_training_part_alone(tmp_path):
 
 
 @pytest.mark.parametrize("header, row", [
-    (("label", "text"), ("c", "x")), (("text", "label"), ("x", "c")),
-    (("review", "stars", "more"), ("x", "c", "z")), (("id", "label", "text"), ("1", "c", "x"))])
+    (("label", "text"), ("c", "xx")), (("text", "label"), ("xx", "c")),
+    (("xx", "c", "more"), ("xx", "c", "z")), (("id", "label", "text"), ("1", "c", "xx"))])
 def test_columns_by_name_or_else_the_first_two(tmp_path, header, row):
-    path = write_table(tmp_path / "a.csv", 3 * [row] + 3 * [[v + "2" for v in row]], header)
-    texts, labels = rnn.read_table(str(path))
-    assert texts[0] == "x" and labels[0] == "c"
+    path = write_table(tmp_path / "a.csv", 5 * [row] + 5 * [[v + "2" for v in row]], header)
+    data = rnn.load_data(Namespace(data=str(path), seed=0), "classify")
+    assert data.symbols[3:] == ["2", "x"] and data.answers == ["c", "c2"]
+    assert rnn.spell(data.train.targets[0], data.answers) == "c"
 
 
 @pytest.mark.parametrize("content, message", [
-    (None, "No such file"), (b"", "line 0"), (b"text,label\n", "line 1"),
+    (None, "No such file"), (b"", "rows of classes"), (b"text,label\n", "rows of classes"),
     (b"text,label\nx,a\ny\n", "line 3"), (b"\xff\xfe\x00bad", "UTF-8"), (b"text\nx\n", "line 1"),
     (b"text,label\na,b\na,b\na,b\na,c\n", "rows of c"),
+    (b"review,stars\na,b\na,b\na,b\na,c\na,c\na,c\n", "rows of stars"),
     (b"text,label\na,b\na,b\na,b\n", "classes")])
 def test_bad_tables_are_one_line(run, tmp_path, content, message):
     if content is not None:
@@ -259,8 +262,8 @@ def test_bad_tables_are_one_line(run, tmp_path, content, message):
 def test_default_job_small(run, tmp_path):
     done = run("rnn.py", *SMALL, "--cells", "lstm", "gru", "rnn")
     out = tmp_path / "runs" / "rnn"
-    for name in ("last.pt", "best.pt", "history.csv", "summary.json", "curves.png", "lengths.png",
-                 "gates.png", "gradients.png", "predictions.png"):
+    for name in ("last.pt", "best.pt", "history.csv", "summary.json", "curves.png", "gates.png",
+                 "gradients.png", "predictions.png"):
         assert (out / name).stat().st_size > 0, name
     summary = json.loads((out / "summary.json").read_text())
     assert summary["script"] == "rnn.py" and summary["data"] == "synthetic"
@@ -332,6 +335,15 @@ def test_own_data_and_prediction(run, tmp_path):
     assert run("rnn.py", "--predict", "-", stdin="").stdout == ""
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(run):
+    done = run("rnn.py", *SMALL, "--lr", 1e9, "--weight-decay", 1e9, "--clip", 0, "--tasks",
+               "classify", status=2)
+    assert done.stderr.count("\n") == 1
+    assert re.fullmatch(r"rnn.py: error: the loss or its gradient is not finite at step \d; try a "
+                        r"lower --lr or a --clip \(what was saved up to the last whole epoch is "
+                        r"good\)\n", done.stderr)
+
+
 def test_early_stopping(run, tmp_path):
     done = run("rnn.py", *SMALL, "--epochs", 9, "--lr", 0, "--patience", 2, "--cells", "gru",
                "--tasks", "classify")
@@ -371,7 +383,7 @@ def test_gradient_at_the_last_state_is_that_of_the_head():
         model.batch_norm.running_var.fill_(2.0)
         norms = rnn.gradient_norms(model, inputs, targets)
         # After the last step the loss depends on the hidden state through the head alone.
-        state = model.layers.recorded[-1][0]
+        state = model.layers.past[-1][0]
         leaf = state[0].detach().requires_grad_()
         gradient, = torch.autograd.grad(
             F.cross_entropy(model.output(model.batch_norm(leaf)), targets, reduction="sum"), leaf)

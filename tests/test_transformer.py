@@ -42,7 +42,7 @@ def padded_source():
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("padding", (False, True))
 def test_plain_and_fused_attention_agree(causal, padding):
-    if not transformer.FUSED_ATTENTION:
+    if not common.FUSED_ATTENTION:
         pytest.skip("this PyTorch has no fused attention")
     query, key, value = torch.randn(3, 2, 4, 5, 8)
     mask = torch.ones(5, 5).tril().bool() if causal else torch.ones(5, 5).bool()
@@ -59,7 +59,7 @@ def test_the_two_paths_of_the_model_agree(monkeypatch):
     source, mask = padded_source()
     target = torch.randint(4, 12, (3, 6))
     fused = model(source, target, mask)
-    monkeypatch.setattr(transformer, "FUSED_ATTENTION", False)
+    monkeypatch.setattr(common, "FUSED_ATTENTION", False)
     assert torch.allclose(fused, model(source, target, mask), atol=1e-5)
 
 
@@ -78,63 +78,45 @@ def reference_layer(layer, pre_norm):
             state[f"{name}.out_proj.weight"] = attention.out_proj.weight
             state[f"{name}.out_proj.bias"] = attention.out_proj.bias
     modules = {"linear1": layer.feed_forward[0], "linear2": layer.feed_forward[-1]}
-    modules.update({f"norm{i}": residual.norm for i, residual in enumerate(layer.residuals, 1)})
+    modules.update({f"norm{i}": norm for i, norm in enumerate(layer.norms, 1)})
     for name, module in modules.items():
         state[f"{name}.weight"], state[f"{name}.bias"] = module.weight, module.bias
     reference.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
     return reference, state
 
 
-def assert_same_gradients(reference, state):
-    gradients = dict(reference.named_parameters())
-    for name, ours in state.items():
-        assert torch.allclose(ours.grad, gradients[name].grad, atol=1e-5), name
-
-
 @pytest.mark.parametrize("pre_norm", (False, True))
-def test_encoder_layer_is_that_of_torch_nn(pre_norm):
+@pytest.mark.parametrize("side", ("encoder", "decoder"))
+def test_a_layer_is_that_of_torch_nn(side, pre_norm):
+    """Outputs and the gradients of inputs and weights, padding and causal masks included."""
     if pre_norm and "norm_first" not in nn.TransformerEncoderLayer.__init__.__code__.co_varnames:
         pytest.skip("this PyTorch has no pre-norm layers")
-    layer = small_model(pre_norm=pre_norm).encoder[0].train()
-    for residual in layer.residuals:
-        residual.dropout.p = 0
+    layer = getattr(small_model(pre_norm=pre_norm), side)[0].train()
     reference, state = reference_layer(layer, pre_norm)
     source, mask = padded_source()
-    x, y = torch.randn(3, 7, 16, requires_grad=True), torch.randn(3, 7, 16)
-    ours = layer(x, mask)
-    theirs_x = x.detach().transpose(0, 1).requires_grad_()
-    theirs = reference(theirs_x, src_key_padding_mask=source == PAD).transpose(0, 1)
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    kept = (source != PAD)[..., None]  # nobody looks at what comes out at the padding
-    (ours * y * kept).sum().backward()
-    (theirs * y * kept).sum().backward()
-    assert torch.allclose(x.grad, theirs_x.grad.transpose(0, 1), atol=1e-5)
-    assert_same_gradients(reference, state)
-
-
-@pytest.mark.parametrize("pre_norm", (False, True))
-def test_decoder_layer_is_that_of_torch_nn(pre_norm):
-    if pre_norm and "norm_first" not in nn.TransformerDecoderLayer.__init__.__code__.co_varnames:
-        pytest.skip("this PyTorch has no pre-norm layers")
-    layer = small_model(pre_norm=pre_norm).decoder[0].train()
-    for residual in layer.residuals:
-        residual.dropout.p = 0
-    reference, state = reference_layer(layer, pre_norm)
-    source, mask = padded_source()
-    x, y = torch.randn(3, 5, 16, requires_grad=True), torch.randn(3, 5, 16)
+    padding, future = source == PAD, torch.ones(5, 5).triu(1).bool()
     memory = torch.randn(3, 7, 16, requires_grad=True)
-    ours = layer(x, {"source": layer.cross_attention.project(memory, 1, 2)}, mask)
-    their_x, their_memory = (tensor.detach().transpose(0, 1).requires_grad_()
-                             for tensor in (x, memory))
-    future = torch.ones(5, 5).triu(1).bool()
-    theirs = reference(their_x, their_memory, tgt_mask=future,
-                       memory_key_padding_mask=source == PAD).transpose(0, 1)
-    assert torch.allclose(ours, theirs, atol=1e-5)
-    (ours * y).sum().backward()
-    (theirs * y).sum().backward()
-    assert torch.allclose(x.grad, their_x.grad.transpose(0, 1), atol=1e-5)
-    assert torch.allclose(memory.grad, their_memory.grad.transpose(0, 1), atol=1e-5)
-    assert_same_gradients(reference, state)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    their_memory, their_x = (tensor.detach().transpose(0, 1).requires_grad_()
+                             for tensor in (memory, x))
+    if side == "encoder":
+        ours = layer(memory, mask)
+        theirs = reference(their_memory, src_key_padding_mask=padding)
+        weights = torch.randn(3, 7, 16) * ~padding[..., None]  # nobody looks at padding
+        inputs = [(memory, their_memory)]
+    else:
+        ours = layer(x, {"source": layer.cross_attention.project(memory, 1, 2)}, mask)
+        theirs = reference(their_x, their_memory, tgt_mask=future, memory_key_padding_mask=padding)
+        weights = torch.randn(3, 5, 16)
+        inputs = [(memory, their_memory), (x, their_x)]
+    assert torch.allclose(ours, theirs.transpose(0, 1), atol=1e-5)
+    (ours * weights).sum().backward()
+    (theirs.transpose(0, 1) * weights).sum().backward()
+    for mine, other in inputs:
+        assert torch.allclose(mine.grad, other.grad.transpose(0, 1), atol=1e-5)
+    gradients = dict(reference.named_parameters())
+    for name, parameter in state.items():
+        assert torch.allclose(parameter.grad, gradients[name].grad, atol=1e-5), name
 
 
 @pytest.mark.parametrize("pre_norm", (False, True))
@@ -256,7 +238,7 @@ def test_cross_entropy_counts_no_padding():
 
 @pytest.mark.parametrize("task, source, target", (
     ("reverse", "abca", "acba"), ("copy", "abca", "abca"), ("sort", "bcaab", "aabbc"),
-    ("add", "95+17", "211")))
+    ("add", "59+71", "211"), ("add", "9+9", "81")))
 def test_tasks(task, source, target):
     answer, low, high, _ = transformer.TASKS[task]
     assert answer(source) == target
@@ -268,6 +250,8 @@ def test_tasks(task, source, target):
         assert "".join(targets[0]) == answer("".join(source))
         parts = "".join(source).split("+")
         assert all(low <= len(part) <= high for part in parts)
+        if task == "add":
+            assert "".join(targets[0])[::-1] == str(sum(int(part[::-1]) for part in parts))
 
 
 def test_batches_hold_every_pair_once_within_the_budget():
@@ -291,6 +275,7 @@ def test_vocabulary_keeps_its_own_tokens_apart_from_the_texts():
     vocabulary = Vocabulary({"b", "a", "<eos>"})
     source, target = vocabulary.encode(["<eos>", "a", "never"], ["b"])
     assert source.tolist() == [4, 5, UNK, EOS] and target.tolist() == [BOS, 6, EOS]
+    assert all(tensor.dtype == torch.int64 for tensor in (source, target))
     assert vocabulary.tokens[4] == "<eos>"
 
 
