@@ -431,12 +431,12 @@ def evaluate(args, data: Dataset, folder, images_folder, device, history) -> Non
     # Along an arc: points on the line between two latent vectors are shorter than any drawn.
     walk = torch.cat([(1 - share).sqrt() * a + share.sqrt() * b for a, b in zip(ends, ends[1:])])
     draw_grid(images_folder / "interpolation.png", generate(generator, walk, device), 10,
-              f"{title}: each row goes on from one latent vector to the next")
+              f"{title}\neach row: from one latent vector to the next")
     distances = torch.cdist(fake[:10].flatten(1).float(), data.train.flatten(1).float())
     nearest = data.train[distances.topk(7, largest=False).indices]
     draw_grid(images_folder / "nearest.png", torch.cat([fake[:10, None], nearest], 1).flatten(0, 1),
-              8, f"{title}: a generated image and the 7 training images nearest to it")
-    frames = [Image.open(images_folder / f"epoch_{row['epoch']:03}.png") for row in history]
+              8, f"{title}\ngenerated, and nearest in training")
+    frames = [Image.open(path) for path in sorted(images_folder.glob("epoch_*.png"))]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], loop=0,
                    duration=[min(500, 10000 // len(frames))] * (len(frames) - 1) + [2000])
@@ -458,7 +458,7 @@ def draw_grid(path, images, columns: int, title: str):
     wall = wall.view(rows, columns, size + 2, size + 2, channels).transpose(1, 2).reshape(
         rows * (size + 2), columns * (size + 2), channels).expand(-1, -1, 3)
     inch = max(0.5, size / 60)
-    figure, ((axis,),) = common.new_figure(1, 1, (columns * inch, rows * inch + 0.4), title)
+    figure, ((axis,),) = common.new_figure(1, 1, (columns * inch, rows * inch + 0.6), title)
     axis.imshow(wall, interpolation="nearest")
     axis.axis("off")
     common.save_figure(path, figure)

@@ -197,15 +197,15 @@ CELLS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
          "scratch": {"lstm": LSTM, "gru": GRU, "rnn": RNN}}
 
 
-def recurrent(cell, backend, hidden, layers, dropout, bidirectional=False) -> nn.Module:
-    """Layers whose units at first keep what they hold for 1 to 100 steps, by a bias of
+def recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional=False) -> nn.Module:
+    """Layers whose units at first keep what they hold for 1 to `memory` steps, by a bias of
     log(steps): chrono initialization, Tallec and Ollivier, 2018.
     """
     module = CELLS[backend][cell](hidden, hidden, layers, dropout=dropout if layers > 1 else 0.0,
                                   bidirectional=bidirectional)
     for name, bias in module.named_parameters():
         if name.startswith("bias_hh") and cell != "rnn":
-            keep = torch.empty(hidden).uniform_(1, 100).log()
+            keep = torch.empty(hidden).uniform_(1, memory).log()
             bias.data[hidden:2 * hidden] = keep  # the LSTM's forget gate, the GRU's update gate
             if cell == "lstm":
                 bias.data[:hidden] = -keep  # the input gate; GRU has one gate for the two
@@ -234,11 +234,11 @@ class RNNClassifier(nn.Module):
     """
 
     def __init__(self, symbols: int, classes: int, cell="lstm", backend="torch", hidden=64,
-                 layers=1, dropout=0.0, bidirectional=False, continuous=False):
+                 layers=1, dropout=0.0, memory=100, bidirectional=False, continuous=False):
         super().__init__()
         self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
         self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
-        self.layers = recurrent(cell, backend, hidden, layers, dropout, bidirectional)
+        self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
 
     def embed(self, inputs):
@@ -274,11 +274,11 @@ class Seq2Seq(nn.Module):
     """
 
     def __init__(self, symbols: int, cell="lstm", backend="torch", hidden=64, layers=1,
-                 dropout=0.0):
+                 dropout=0.0, memory=100):
         super().__init__()
         self.embedding = nn.Embedding(symbols, hidden)
-        self.encoder = recurrent(cell, backend, hidden, layers, dropout)
-        self.decoder = recurrent(cell, backend, hidden, layers, dropout)
+        self.encoder = recurrent(cell, backend, hidden, layers, dropout, memory)
+        self.decoder = recurrent(cell, backend, hidden, layers, dropout, memory)
         self.output = nn.Linear(hidden, symbols)
 
     def forward(self, inputs, lengths, targets, teacher_forcing: float):
@@ -311,7 +311,8 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
     """Train a cell on a task; `runs` holds all runs so far, for last.pt, and takes this one."""
     common.seed_everything(args.seed)
     options = {"symbols": len(data.symbols), "cell": cell, "backend": args.backend,
-               "hidden": args.hidden, "layers": args.layers, "dropout": args.dropout}
+               "hidden": args.hidden, "layers": args.layers, "dropout": args.dropout,
+               "memory": args.memory}
     if data.task == "classify":
         options.update(classes=len(data.answers), bidirectional=args.bidirectional)
     run = runs.setdefault(f"{data.task} {cell}", {
@@ -414,7 +415,7 @@ def evaluate(args, tasks, runs, folder, device) -> None:
     """Measure the best networks on the test parts; draw the pictures; write summary.json."""
     title, test = f"{', '.join(args.cells)} on {args.data}", {cell: {} for cell in args.cells}
     curves, axes = common.new_figure(len(tasks), 3, (13, 3.2 * len(tasks) + 0.3), title)
-    examples, pages = common.new_figure(len(tasks), 1, (11, 3.4 * len(tasks) + 0.3), title)
+    examples, pages = common.new_figure(len(tasks), 1, (8, 2.4 * len(tasks) + 0.4), title)
     print("\ntask      cell parameters  accuracy  exact match  epochs  seconds  sequences/s")
     for data, panels, page in zip(tasks, axes, pages.flat):
         groups, answers, hits = data.test.lengths.argsort().chunk(8), {}, {}
@@ -439,8 +440,8 @@ def evaluate(args, tasks, runs, folder, device) -> None:
             draw_line(panels[1], epochs, columns["validation_accuracy"], cell, "epoch", "right")
             draw_line(panels[2], lengths, shares, cell, "length of the sequence", "right")
         panels[0].set(title=data.task, yscale="log")
-        panels[1].set_title(f"{data.task}: validation")
-        panels[2].set_title(f"{data.task}: test")
+        panels[1].set(title=f"{data.task}: validation", ylim=(None, 1.02))
+        panels[2].set(title=f"{data.task}: test", ylim=(None, 1.02))
         draw_predictions(page, data, answers, hits)
         if data.task == "classify":
             draw_memory(folder, title, data, args, runs)
@@ -460,13 +461,16 @@ def draw_line(axis, x, y, label, xlabel, ylabel):
 
 
 def draw_predictions(axis, data, answers, hits):
-    """Eight test sequences, those first that most cells got wrong, each with all answers."""
-    lines = []
-    for k in sum(hits.values()).argsort()[:8].tolist():
-        lines += ["".join(data.symbols[number] for number in data.test.inputs[k, :100])]
-        lines += [f"    {name:5} {spell(answer[k], data.answers)}"
-                  for name, answer in {"true": data.test.targets, **answers}.items()]
-    axis.text(0, 0, "\n".join(lines), family="monospace", fontsize=7)
+    """A table of eight test sequences, those first that most cells got wrong; errors in red."""
+    shown = sum(hits.values()).argsort()[:8].tolist()
+    rows = [["".join(data.symbols[i] for i in data.test.inputs[k, :50]),
+             *(spell(column[k], data.answers) for column in (data.test.targets, *answers.values()))]
+            for k in shown]
+    colours = [["none", "none", *("none" if hit[k] else "mistyrose" for hit in hits.values())]
+               for k in shown]
+    table = axis.table(rows, colours, colLabels=["sequence", "true", *answers], loc="center",
+                       cellLoc="left")
+    table.auto_set_column_width([*range(len(rows[0]))])
     axis.axis("off")
 
 
@@ -497,8 +501,10 @@ def draw_memory(folder, title, data, args, runs):
         norms = gradient_norms(model, inputs, targets)
         draw_line(axis, range(len(norms)), norms.flip(0) / norms[-1], name, "steps before the end",
                   "gradient norm, relative to the end")
+        with torch.no_grad():
+            model(inputs[:1], torch.tensor([inputs.shape[1]]))
         for gate in model.layers.past[0][1]:
-            values = torch.stack([gates[gate][0] for _, gates in model.layers.past], 1).detach()
+            values = torch.stack([gates[gate][0] for _, gates in model.layers.past], 1)
             pictures[f"{name}: {gate}"] = values[values.mean(1).argsort()]  # (hidden, T)
     axis.set_yscale("log")
     common.save_figure(folder / "gradients.png", figure)
@@ -545,6 +551,8 @@ def build_parser():
             ("--hidden", whole, 64, "N", "width of the state and of the embedding"),
             ("--layers", whole, 1, "N", "recurrent layers on top of each other"),
             ("--dropout", share, 0.0, "SHARE", "share of a layer's inputs zeroed in training"),
+            ("--memory", common.number(float, 1), 100, "STEPS",
+             "time that units keep what they hold, at most, before they learn"),
             ("--teacher-forcing", share, 1.0, "SHARE", "share of true symbols a decoder is fed"),
             ("--synthetic-size", common.number(int, 100), 4000, "N", "strings; to sort, 3 times")):
         group.add_argument(flag, type=kind, default=default, metavar=metavar,
@@ -565,7 +573,7 @@ def build_parser():
 
 def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
-        "data", "seed", "tasks", "cells", "hidden", "layers", "dropout", "bidirectional",
+        "data", "seed", "tasks", "cells", "hidden", "layers", "dropout", "memory", "bidirectional",
         "synthetic_size"))
     device = common.select_device(args.device)
     common.keep_freed_memory()

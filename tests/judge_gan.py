@@ -1,10 +1,12 @@
-"""What a classifier trained on real images makes of generated ones: all classes there, and clear?
+"""What a classifier trained on real images makes of generated ones, and whether gan.py's measures
+put images in the order that they should.
 
   python tests/judge_gan.py mnist --data-dir data --out runs/gan --samples 10000
 
 Trains cnn.py's network on the real training images for a minute, measures it on the real test
 images, then lets it name samples of best.pt in --out. `sure` is the share with a probability of
-at least 0.9 for one class.
+at least 0.9 for one class. Then the Fréchet distance, density and coverage against the real test
+images: of real training images, the samples, ten of the samples over and over, and noise.
 """
 
 import argparse
@@ -68,6 +70,16 @@ def main():
         print(f"{name}: {len(part)}, sure {(confidence >= 0.9).float().mean():.2%}{right}")
         for i, count in enumerate(predicted.bincount(minlength=10).tolist()):
             print(f"  {classes[i]:<14}{count / len(part):7.2%}")
+    real, n = gan.random_features(test[:5000]), min(5000, args.samples)
+    noise = torch.randint(0, 256, test[:n].shape, dtype=torch.uint8)
+    print("against real test images            Fréchet   density  coverage")
+    for name, part in (("real training images", images[:n]), ("generated images", fake[:n]),
+                       ("ten generated images, repeated", fake[torch.arange(n) % 10]),
+                       ("noise", noise)):
+        features = gan.random_features(part)
+        density, coverage = gan.density_coverage(real, features)
+        print(f"  {name:32}{gan.frechet_distance(real, features):9.3f}{density:10.2f}"
+              f"{coverage:10.1%}")
 
 
 if __name__ == "__main__":
