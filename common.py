@@ -178,7 +178,7 @@ def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse
             ("--device", str, "NAME", "auto, cpu, cuda, cuda:1, mps")):
         group.add_argument(flag, type=kind, metavar=metavar, help=meaning + " [%(default)s]")
     group.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"),
-                       default="auto", help="auto: mixed on CUDA, float32 elsewhere [%(default)s]")
+                       default="auto", help="of the forward pass [%(default)s]")
     group.add_argument("--compile", action="store_true", help="use torch.compile (PyTorch 2)")
     group.add_argument("--resume", action="store_true",
                        help="go on from last.pt in --out, with the options it was started with")

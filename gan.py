@@ -507,8 +507,8 @@ def build_parser():
     parser = common.option_parser(
         "gan.py", __doc__,
         "auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images",
-        data="auto", out="runs/gan", epochs=40, batch_size=64, lr=5e-4, weight_decay=0.0,
-        clip=10.0, patience=20)
+        data="auto", out="runs/gan", epochs=60, batch_size=64, lr=5e-4, weight_decay=0.0,
+        clip=10.0, patience=30)
     group = parser.add_argument_group("options of the GAN")
     whole, share = common.number(int, 1), common.number(float, 0, 0.9999)
     for flag, kind, default, metavar, meaning in (

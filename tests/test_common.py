@@ -52,6 +52,17 @@ def test_clip_gradients_scales_to_the_norm_and_returns_the_old_one():
         common.clip_gradients(model, 1.0, 7, scaler)
 
 
+@pytest.mark.skipif(not common.HAS_AUTOCAST, reason="PyTorch 1.10 brought autocast for the CPU")
+def test_precision_is_what_the_device_is_fastest_in(monkeypatch):
+    cpu = torch.device("cpu")
+    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(common, "CPU_HAS_BFLOAT16", fast)
+        assert common.select_dtype("auto", cpu) == dtype
+        assert common.select_dtype("float32", cpu) == torch.float32
+    with pytest.raises(common.UserError, match="--precision float16 does not work on cpu with "):
+        common.select_dtype("float16", cpu)
+
+
 def test_parameter_groups_decay_matrices_alone():
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
     decayed, free = common.parameter_groups(model, 0.1)
