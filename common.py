@@ -68,7 +68,7 @@ def warn(message: str) -> None:
 
 HAS_AUTOCAST = hasattr(torch, "autocast")  # 1.10; before, float16 on CUDA alone
 SAFE_LOADING = "weights_only" in torch.load.__code__.co_varnames  # 1.13
-_cpu = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()  # 2.11; none known before
+_cpu = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()  # old versions cannot tell
 CPU_HAS_BFLOAT16 = _cpu.get("avx512_bf16", False) or _cpu.get("amx_bf16", False)
 FUSED_ATTENTION = hasattr(nn.functional, "scaled_dot_product_attention")  # 2.0
 FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
