@@ -313,9 +313,7 @@ def train(args, data: Dataset, folder, device) -> list:
     dtype = common.select_dtype(precision, device)
     scaler = common.gradient_scaler(dtype)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history = []
-    if args.resume:
-        history = common.restore(folder / "last.pt", "transformer.py", state)
+    history = common.restore(folder / "last.pt", "transformer.py", state) if args.resume else []
     compiled = common.compile_model(model, args.compile)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
