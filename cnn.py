@@ -229,8 +229,11 @@ def train(args, data: Dataset, folder, device) -> list:
     dtype = common.select_dtype(args.precision, device)
     scaler = common.gradient_scaler(dtype)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history = common.restore(folder / "last.pt", "cnn.py", state) if args.resume else []
-    compiled = common.compile_model(model, args.compile)
+    path, checksum, history = folder / "last.pt", common.checksum(data), []
+    if args.resume:
+        checkpoint = common.load_checkpoint(path, "cnn.py")
+        history = common.restore(path, checkpoint, state, checksum)
+    parallel = common.parallel(common.compile_model(model, args.compile), device)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         if history and common.epochs_since_best(history, "validation_accuracy") >= args.patience:
@@ -239,32 +242,33 @@ def train(args, data: Dataset, folder, device) -> list:
         start = time.perf_counter()
         common.seed_everything(args.seed, epoch)
         model.train()
-        total_loss, correct = torch.zeros(2, device=device)
+        totals = torch.zeros(2, device=device)  # loss, right ones
         order = torch.randperm(len(labels)).to(device)
-        bar = common.progress(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}")
-        for step, indices in enumerate(bar):
+        bar = common.progress(common.shares(order.split(args.batch_size)),
+                              f"epoch {epoch}/{args.epochs}")
+        for step, (indices, weight, count) in enumerate(bar):
             batch = random_crop_flip(images, indices, args.crop, not args.no_flip)
             with common.autocast(device, dtype):
-                logits = compiled(batch)
+                logits = parallel(batch)
             loss = cross_entropy(logits.float(), labels[indices], args.label_smoothing)
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(weight * loss).backward()
             scaler.unscale_(optimizer)
             common.clip_gradients(model, args.clip, (epoch - 1) * steps + step + 1, scaler)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            total_loss += loss.detach() * len(indices)
-            correct += (logits.argmax(1) == labels[indices]).sum()
+            right = (logits.argmax(1) == labels[indices]).float().mean()
+            totals += weight * count * torch.stack([loss.detach(), right])
             if step % 10 == 9:
-                seen = step * args.batch_size + len(indices)
-                bar.set_postfix_str(f"loss {total_loss / seen:.3f}, accuracy {correct / seen:.1%}",
-                                    refresh=False)
+                loss, right = totals / (step * args.batch_size + count)
+                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {right:.1%}", refresh=False)
+        common.average_buffers(model)
+        train_loss, train_accuracy = (common.mean_of_processes(totals) / len(labels)).tolist()
         logits = predict_logits(model, data.validation.images, not args.no_flip, device)
         history.append({
             "epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
-            "train_loss": total_loss.item() / len(labels),
-            "train_accuracy": correct.item() / len(labels),
+            "train_loss": train_loss, "train_accuracy": train_accuracy,
             "validation_loss": cross_entropy(logits, data.validation.labels).item(),
             "validation_accuracy": accuracy(logits, data.validation.labels),
             "seconds": time.perf_counter() - start})
@@ -272,14 +276,11 @@ def train(args, data: Dataset, folder, device) -> list:
         print(f"epoch {epoch:3}/{args.epochs}   train loss {row['train_loss']:.3f}, accuracy "
               f"{row['train_accuracy']:.2%}   validation loss {row['validation_loss']:.3f}, "
               f"accuracy {row['validation_accuracy']:.2%}   {row['seconds']:.1f} s", flush=True)
-        common.write_history(folder / "history.csv", history)
-        if common.epochs_since_best(history, "validation_accuracy") == 0:
-            common.save_checkpoint(folder / "best.pt", {
-                "script": "cnn.py", "model": model.state_dict(), "model_options": options,
-                "data": data.name, "classes": data.classes, "mirror": not args.no_flip,
-                "metrics": row})
-        common.save_checkpoint(folder / "last.pt", {
-            "script": "cnn.py", "options": vars(args), "history": history,
+        best = common.epochs_since_best(history, "validation_accuracy") == 0 and {
+            "script": "cnn.py", "model": model.state_dict(), "model_options": options,
+            "data": data.name, "classes": data.classes, "mirror": not args.no_flip, "metrics": row}
+        common.save_epoch(folder, history, best, {
+            "script": "cnn.py", "options": vars(args), "data": checksum, "history": history,
             **{name: part.state_dict() for name, part in state.items()}})
     return history
 
@@ -296,11 +297,11 @@ def predict_logits(model: CNN, images, mirror: bool, device):
     model.eval()  # batch norm by its running averages, no dropout
     logits = []
     with torch.no_grad():
-        for batch in images.split(500):
+        for batch in common.mine(images.split(500)):
             batch = batch.to(device)
             views = [batch, batch.flip(2)] if mirror else [batch]
             logits.append((sum(model(view) for view in views) / len(views)).cpu())
-    return torch.cat(logits)
+    return torch.cat(common.gather(logits))
 
 
 def accuracy(logits, labels, top: int = 1) -> float:
@@ -412,6 +413,8 @@ def load_model(path, device):
     with common.using(path):
         model = CNN(**checkpoint["model_options"])
         model.load_state_dict(checkpoint["model"])
+        if len(checkpoint["classes"]) != model.classifier[-1].out_features:
+            raise ValueError(f"{len(checkpoint['classes'])} names of classes")
     return model.to(device), checkpoint
 
 

@@ -21,10 +21,13 @@ import socket
 import subprocess
 import sys
 import warnings
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -51,17 +54,104 @@ def run_main(main) -> None:
     signal.signal(signal.SIGTERM, terminate)
     # What PyTorch warns of differs from version to version, and is in order here.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")
+    for stream in sys.stdin, sys.stdout:  # bytes that are not UTF-8 come out as they went in
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
+        if WORLD > 1:
+            dist.init_process_group("gloo")
         main()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        if WORLD == 1 or "by peer" not in str(error):
+            raise
+        print(f"process {RANK}: another process of this run is gone", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt as stop:
         sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    if RANK == 0:
+        print(f"warning: {message}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- Several processes
+
+# torchrun starts WORLD processes, on one machine or more, and tells each its number.
+RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model; with several processes, one whose backward pass averages their gradients."""
+    if WORLD == 1:
+        return model
+    group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+    return DDP(model, process_group=group, **{DDP_BUFFERS: False})
+
+
+def shares(batches, terms=None) -> list:
+    """Deal each batch of indices out to the processes: a list of this one's (indices, weight,
+    terms in the whole batch). From here on each process draws random numbers of its own.
+
+    The mean over processes of weight * (mean loss of the share) is the mean loss of the batch.
+    `terms`, (N,): how many terms of the loss each example has; one, if None.
+    """
+    if RANK:
+        torch.manual_seed(torch.initial_seed() + RANK)
+    dealt = []
+    for batch in batches:
+        mine = batch[RANK::WORLD]
+        if len(batch) < 2 * WORLD:  # too few for batch norm in each: all do the whole batch
+            mine = batch
+        count, ours = (len(rows) if terms is None else terms[rows].sum().item()
+                       for rows in (batch, mine))
+        dealt.append((mine, WORLD * ours / count if len(mine) < len(batch) else 1.0, count))
+    return dealt
+
+
+def mean_of_processes(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of what the processes have in this place, on the CPU."""
+    tensor = tensor.cpu()
+    if WORLD > 1:
+        dist.all_reduce(tensor)
+        tensor /= WORLD
+    return tensor
+
+
+def average_buffers(*models) -> None:
+    """Average the processes' running statistics, which each takes from its own shares."""
+    for model in models if WORLD > 1 else ():
+        for buffer in model.buffers():
+            if buffer.is_floating_point():
+                buffer.copy_(mean_of_processes(buffer.clone()))
+
+
+def mine(items):
+    """What this process has to do of a list that the processes share out."""
+    return items[RANK::WORLD]
+
+
+def gather(results: list) -> list:
+    """The results of all processes, in the order of the list of which each did what is `mine`."""
+    parts = [results]
+    if WORLD > 1:
+        parts = [None] * WORLD
+        dist.all_gather_object(parts, results)
+    return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
+
+
+def of_the_first(value):
+    """What the first process has in this place."""
+    box = [value]
+    if WORLD > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 # ---------------------------------------------------------------- PyTorch from 1.7 to today
@@ -71,6 +161,10 @@ SAFE_LOADING = "weights_only" in torch.load.__code__.co_varnames  # 1.13
 _cpu = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()  # old versions cannot tell
 CPU_HAS_BFLOAT16 = _cpu.get("avx512_bf16", False) or _cpu.get("amx_bf16", False)
 FUSED_ATTENTION = hasattr(nn.functional, "scaled_dot_product_attention")  # 2.0
+DDP = nn.parallel.DistributedDataParallel
+# For running statistics of each process's own; the name changed in 2.15.
+DDP_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in DDP.__init__.__code__.co_varnames
+               else "broadcast_buffers")
 FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
 
 
@@ -105,20 +199,25 @@ def select_device(name: str) -> torch.device:
         mps = getattr(torch.backends, "mps", None)  # Apple's GPUs, from PyTorch 1.12 on
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if mps and mps.is_available() else "cpu")
+    if name == "cuda" and WORLD > 1:  # a GPU for each process of a machine
+        name = f"cuda:{LOCAL_RANK}"
     try:
-        return torch.empty(1, device=name).device
+        device = torch.empty(1, device=name).device
     except Exception:
         raise UserError(f"--device {name}: not found by this PyTorch; try --device auto") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
-def select_dtype(precision: str, device: torch.device) -> torch.dtype:
+def select_dtype(precision: str, device: torch.device, small: bool = False) -> torch.dtype:
     """The type of the forward pass; `auto` is bfloat16 where the device has instructions for it,
-    float16 on older CUDA devices, float32 elsewhere.
+    float16 on older CUDA devices, float32 elsewhere, and on CPUs if the matrices are `small`.
     """
     cuda = device.type == "cuda"
     if precision == "auto":
         modern = (HAS_AUTOCAST and torch.cuda.get_device_capability(device)[0] >= 8 if cuda
-                  else CPU_HAS_BFLOAT16 and device.type == "cpu")
+                  else CPU_HAS_BFLOAT16 and device.type == "cpu" and not small)
         precision = "bfloat16" if modern else "float16" if cuda else "float32"
     if precision == "float16" and not cuda or precision == "bfloat16" and not HAS_AUTOCAST:
         raise UserError(f"--precision {precision} does not work on {device.type} with PyTorch "
@@ -135,6 +234,22 @@ def seed_everything(*seed: int) -> None:
     random.seed(state)
     np.random.seed(state)
     torch.manual_seed(state)
+
+
+def checksum(data) -> int:
+    """Of nested tuples of tensors and plain Python values; the same in each of several processes,
+    or else a UserError.
+    """
+    def update(value, crc):
+        if isinstance(value, tuple):
+            for part in value:
+                crc = update(part, crc)
+            return crc
+        return zlib.crc32(value.numpy() if torch.is_tensor(value) else repr(value).encode(), crc)
+    result = update(data, 0)
+    if result != of_the_first(result):
+        raise UserError(f"--data: process {RANK} has other data than the first; copy it there")
+    return result
 
 
 def keep_freed_memory() -> None:
@@ -187,22 +302,30 @@ def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse
 
 
 def parse_options(parser, fixed=()) -> argparse.Namespace:
-    """Parse the command line; with `--resume`, options that are not given come from last.pt.
+    """Parse the command line; with `--resume`, or started again by torchrun after a crash, behind
+    the options in last.pt.
 
     `fixed` names the options that a resumed run cannot change: those of its model and data.
     """
     args = parser.parse_args()
-    if args.resume:
-        path = Path(args.out, "last.pt")
+    path = Path(args.out, "last.pt")
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+    if args.resume or restarts and of_the_first(path.is_file()):
         with using(path):
-            saved = load_checkpoint(path, parser.prog)["options"]
-            parser.set_defaults(**saved)
-        args = parser.parse_args()
-        for name in fixed:
-            if getattr(args, name) != saved[name]:
+            saved, words = load_checkpoint(path, parser.prog)["options"], []
+            saved.update(resume=True, out=args.out)
+            for name, value in saved.items():
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag}: the run in {args.out} was started with {saved[name]}; "
-                                f"leave {flag} out, or start a new run in another --out")
+                if isinstance(value, list):
+                    words += [flag, *map(str, value)]
+                elif value not in (None, False):
+                    words += [flag if value is True else f"{flag}={value}"]
+        args = parser.parse_args(words + sys.argv[1:])
+        for name in fixed:
+            if getattr(args, name) != saved.get(name):
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag}: the run in {args.out} was started with {saved.get(name)};"
+                                f" leave {flag} out, or start a new run in another --out")
     return args
 
 
@@ -210,7 +333,12 @@ def parse_options(parser, fixed=()) -> argparse.Namespace:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a crash at any moment leaves the old or the new one, whole."""
+    """Replace a file in one step: a crash at any moment leaves the old or the new one, whole.
+
+    Of several processes the first alone writes.
+    """
+    if RANK:
+        return
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -231,6 +359,16 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
+def save_epoch(folder: Path, history: list, best, last: dict) -> None:
+    """Write history.csv, best.pt if there is a new best epoch, and then last.pt."""
+    rows = [history[0].keys(), *(row.values() for row in history)]
+    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
+    write_file(folder / "history.csv", table.encode())
+    if best:
+        save_checkpoint(folder / "best.pt", best)
+    save_checkpoint(folder / "last.pt", last)
+
+
 @contextlib.contextmanager
 def using(path: Path):
     """Whatever goes wrong while the content of a file is put to use becomes one line about it."""
@@ -246,13 +384,18 @@ def using(path: Path):
 def load_checkpoint(path: Path, script: str) -> dict:
     """Load what `script` saved. Raises UserError if that is missing, damaged or another script's.
 
-    No code in the file is run, except below PyTorch 1.13: load only your own files there.
+    No code in the file is run, except below PyTorch 1.13: load only your own files there. The
+    first of several processes reads the file for all.
     """
-    if not path.is_file():
-        raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
     with using(path):
+        content = of_the_first(path.read_bytes() if RANK == 0 and path.is_file() else None)
+        if content is None:
+            raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
+        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # by checksums; PyTorch has none
+        if damaged:
+            raise ValueError(f"{damaged} is not what was written")
         safe = {"weights_only": True} if SAFE_LOADING else {}
-        checkpoint = torch.load(io.BytesIO(path.read_bytes()), map_location="cpu", **safe)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", **safe)
         if checkpoint["script"] != script:
             raise UserError(f"{path} was written by {checkpoint['script']}, not by {script}")
     return checkpoint
@@ -265,10 +408,14 @@ def set_aside(folder: Path, name: str) -> None:
     warn(f"{name} held another run, which is now in {name}.{n}")
 
 
-def restore(path: Path, script: str, state: dict) -> list:
-    """Load what `script` saved of `state` back into its parts; return the history."""
-    checkpoint = load_checkpoint(path, script)
+def restore(path: Path, checkpoint: dict, state: dict, checksum: int) -> list:
+    """Load what was saved of `state` back into its parts, if it was trained on the same data.
+
+    Returns the history of the run so far.
+    """
     with using(path):
+        if checkpoint["data"] != checksum:
+            raise UserError(f"{path} is of a run on other data; start a new run for these")
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
         return checkpoint["history"]
@@ -280,17 +427,18 @@ def run_folder(out: str, resume: bool):
     it is resumed. A run that is interrupted says how to go on.
     """
     folder = Path(out).absolute()
-    last = folder / "last.pt"
+    last, lock = folder / "last.pt", contextlib.nullcontext()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder.with_name(folder.name + ".lock"), "w")
-        if fcntl:  # the system lets go of it when this process ends, in whatever way
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if last.exists() and not resume:
-            set_aside(folder, out)
-            folder.mkdir()
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+        if RANK == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder.with_name(folder.name + ".lock"), "w")
+            if fcntl:  # the system lets go of it when this process ends, in whatever way
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if last.exists() and not resume:
+                set_aside(folder, out)
+                folder.mkdir()
+            for leftover in folder.glob(".*.tmp"):
+                leftover.unlink()
     except BlockingIOError:
         raise UserError(f"--out {out}: another run is writing there; take another one") from None
     except OSError as error:
@@ -351,12 +499,6 @@ def epochs_since_best(history: list, metric: str, best=max) -> int:
     return len(values) - 1 - values.index(best(values))
 
 
-def write_history(path: Path, history: list) -> None:
-    """Write the rows of numbers, a dictionary for each epoch, as CSV."""
-    rows = [history[0].keys(), *(row.values() for row in history)]
-    write_file(path, "".join(",".join(map(str, row)) + "\n" for row in rows).encode())
-
-
 def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
     """Draw {y axis: {label: column}} as panels side by side, over the epochs."""
     figure, axes = new_figure(1, len(panels), (4.4 * len(panels), 3.5), title)
@@ -373,7 +515,7 @@ def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
 
 def progress(iterable, description: str):
     """A progress bar of 80 columns that stays silent in a log file."""
-    return tqdm(iterable, description, leave=False, disable=None, ncols=80)
+    return tqdm(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
 
 
 def new_figure(rows: int, columns: int, inches, title: str):
@@ -385,6 +527,8 @@ def new_figure(rows: int, columns: int, inches, title: str):
 
 
 def save_figure(path: Path, figure) -> None:
+    if RANK:
+        return
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=120)
     write_file(path, buffer.getvalue())
@@ -503,6 +647,8 @@ def load_torchvision(name: str, data_dir: str):
         return {part: dataset(data_dir, train=part == "train", **options)
                 for part in ("train", "test")}
     try:
+        if LOCAL_RANK:  # let the first process of each machine download it
+            dist.barrier()
         parts = load()
     except Exception:  # it is not there, or not whole
         url = getattr(dataset, "url", None) or getattr(dataset, "mirrors", dataset.resources[0])[0]
@@ -511,6 +657,9 @@ def load_torchvision(name: str, data_dir: str):
             parts = load(download=True)
         except Exception as error:
             raise UserError(f"{name} is not in {data_dir}, and no download: {error}") from None
+    finally:
+        if WORLD > 1 and LOCAL_RANK == 0:
+            dist.barrier()
     loaded = {}
     for part, data in parts.items():
         images = torch.as_tensor(data.data)  # without a last dimension if it is grey

@@ -257,9 +257,13 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
     state = dict(zip(("discriminator", "generator", "average", "discriminator_optimizer",
                       "generator_optimizer", "discriminator_schedule", "generator_schedule",
                       "scaler"), (*networks, average, *optimizers, *schedules, scaler)))
-    history = common.restore(folder / "last.pt", "gan.py", state) if args.resume else []
-    fast_discriminator, fast_generator = (common.compile_model(network, args.compile)
-                                          for network in networks)
+    path, checksum, history = folder / "last.pt", common.checksum(data), []
+    if args.resume:
+        checkpoint = common.load_checkpoint(path, "gan.py")
+        history = common.restore(path, checkpoint, state, checksum)
+    compiled = [common.compile_model(network, args.compile) for network in networks]
+    parallel_discriminator, parallel_generator = (common.parallel(network, device)
+                                                  for network in compiled)
     real_features = random_features(data.validation)
     fixed = latent_vectors(2000, args.latent, args.seed)
 
@@ -271,22 +275,23 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
         common.seed_everything(args.seed, epoch)
         sums = torch.zeros(4, device=device)  # both losses, both accuracies
         order = torch.randperm(len(images)).to(device)
-        bar = common.progress(order.split(args.batch_size), f"epoch {epoch}/{args.epochs}")
-        for step, indices in enumerate(bar, (epoch - 1) * steps + 1):
+        bar = common.progress(common.shares(order.split(args.batch_size)),
+                              f"epoch {epoch}/{args.epochs}")
+        for step, (indices, weight, count) in enumerate(bar, (epoch - 1) * steps + 1):
             real = to_float(images[indices])
             latent = torch.randn(len(indices), args.latent, device=device)
 
             # The discriminator learns to tell real images from generated ones ...
-            with common.autocast(device, dtype):
-                fake = fast_generator(latent)
-                real_logits = fast_discriminator(real)
-                fake_logits = fast_discriminator(fake.detach())
-            loss = discriminator_loss(real_logits.float(), fake_logits.float())
             optimizers[0].zero_grad()
             if args.r1 and step % PENALTY_EVERY == 0:
                 penalty = gradient_penalty(discriminator, real)
-                scaler.scale(PENALTY_EVERY * args.r1 / 2 * penalty).backward()
-            scaler.scale(loss).backward()
+                scaler.scale(weight * PENALTY_EVERY * args.r1 / 2 * penalty).backward()
+            with common.autocast(device, dtype):
+                fake = parallel_generator(latent)
+                real_logits = parallel_discriminator(real)
+                fake_logits = parallel_discriminator(fake.detach())
+            loss = discriminator_loss(real_logits.float(), fake_logits.float())
+            scaler.scale(weight * loss).backward()
             scaler.unscale_(optimizers[0])
             common.clip_gradients(discriminator, args.clip, step, scaler)
             scaler.step(optimizers[0])
@@ -294,10 +299,10 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
             # ... and the generator learns to be taken for real by the discriminator as it is now,
             discriminator.requires_grad_(False)  # whose weights need no gradient from this loss.
             with common.autocast(device, dtype):
-                logits = fast_discriminator(fake)
+                logits = compiled[0](fake)
             fooling = generator_loss(logits.float())
             optimizers[1].zero_grad()
-            scaler.scale(fooling).backward()
+            scaler.scale(weight * fooling).backward()
             scaler.unscale_(optimizers[1])
             common.clip_gradients(generator, args.clip, step, scaler)
             scaler.step(optimizers[1])
@@ -308,14 +313,15 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
                 schedule.step()
             update_average(average, generator, min(args.average, step / (step + 10)))
             right = (real_logits > 0).float().mean(), (fake_logits < 0).float().mean()
-            sums += len(indices) * torch.stack([loss.detach(), fooling.detach(), *right])
+            sums += weight * count * torch.stack([loss.detach(), fooling.detach(), *right])
             if step % 10 == 0:
                 bar.set_postfix_str(f"losses {loss:.2f}, {fooling:.2f}", refresh=False)
+        common.average_buffers(*networks, average)
         samples = generate(average, fixed, device)
         fake_features = random_features(samples)
         row = {"epoch": epoch, "learning_rate": schedules[0].get_last_lr()[0]}
         row.update(zip(("discriminator_loss", "generator_loss", "real_accuracy", "fake_accuracy"),
-                       (sums / len(images)).tolist()))
+                       (common.mean_of_processes(sums) / len(images)).tolist()))
         row["frechet"] = frechet_distance(real_features, fake_features)
         row["density"], row["coverage"] = density_coverage(real_features, fake_features)
         row["seconds"] = time.perf_counter() - start
@@ -328,15 +334,13 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
         if won[-3:] == [True] * 3 and won[-4:-3] != [True]:
             common.warn("the discriminator has told everything apart for 3 epochs, so the "
                         "generator learns little; try a lower --lr, or more images")
-        common.write_history(folder / "history.csv", history)
         draw_grid(images_folder / f"epoch_{epoch:03}.png", samples[:64], 8,
                   f"DCGAN on {data.name}, epoch {epoch}")
-        if common.epochs_since_best(history, "frechet", min) == 0:
-            common.save_checkpoint(folder / "best.pt", {
-                "script": "gan.py", "model": average.state_dict(), "model_options": options,
-                "data": data.name, "metrics": row})
-        common.save_checkpoint(folder / "last.pt", {
-            "script": "gan.py", "options": vars(args), "history": history,
+        best = common.epochs_since_best(history, "frechet", min) == 0 and {
+            "script": "gan.py", "model": average.state_dict(), "model_options": options,
+            "data": data.name, "metrics": row}
+        common.save_epoch(folder, history, best, {
+            "script": "gan.py", "options": vars(args), "data": checksum, "history": history,
             **{name: part.state_dict() for name, part in state.items()}})
     return history
 
@@ -353,7 +357,8 @@ def generate(generator: Generator, latent, device):
     """uint8 images (N, size, size, channels), on the CPU, for latent vectors (N, latent)."""
     generator.eval()  # batch norm by its running averages
     with torch.no_grad():
-        images = torch.cat([generator(part.to(device)).cpu() for part in latent.split(500)])
+        parts = [generator(part.to(device)).cpu() for part in common.mine(latent.split(500))]
+    images = torch.cat(common.gather(parts))
     return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte()
 
 
@@ -368,13 +373,13 @@ def random_features(images) -> np.ndarray:
         weights.append(weight * math.sqrt(2 / weight[0].numel()))  # He et al., 2015
         channels = width
     features = []
-    for part in images.split(500):
+    for part in common.mine(images.split(500)):
         x, means = to_float(part), []
         for weight in weights:
             x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
             means.append(x.mean((2, 3)))
         features.append(torch.cat(means, 1))
-    return torch.cat(features).numpy()
+    return torch.cat(common.gather(features)).numpy()
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -425,12 +430,15 @@ def evaluate(args, data: Dataset, folder, images_folder, device, history) -> Non
         "discriminator's accuracy": {"on real": "real_accuracy", "on generated": "fake_accuracy"},
         "Fréchet distance to validation": {"averaged generator": "frechet"},
         "share": {"density": "density", "coverage": "coverage"}})
-    draw_grid(images_folder / "final.png", fake[:200], 20, title)
     ends = latent_vectors(7, args.latent, args.seed)[:, None]
     share = torch.linspace(0, 1, 10)[:, None]
     # Along an arc: points on the line between two latent vectors are shorter than any drawn.
     walk = torch.cat([(1 - share).sqrt() * a + share.sqrt() * b for a, b in zip(ends, ends[1:])])
-    draw_grid(images_folder / "interpolation.png", generate(generator, walk, device), 10,
+    walk = generate(generator, walk, device)
+    if common.RANK:
+        return
+    draw_grid(images_folder / "final.png", fake[:200], 20, title)
+    draw_grid(images_folder / "interpolation.png", walk, 10,
               f"{title}\neach row: from one latent vector to the next")
     distances = torch.cdist(fake[:10].flatten(1).float(), data.train.flatten(1).float())
     nearest = data.train[distances.topk(7, largest=False).indices]
@@ -475,6 +483,8 @@ def load_generator(path, device):
 
 def make_folder(folder: Path, stale: str) -> None:
     """Create the folder, or take the files that match `stale` out of it."""
+    if common.RANK:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file in folder.glob(stale):
@@ -545,7 +555,7 @@ def main() -> None:
           f"{data.train.shape[3]} channels; on {device}")
     with common.run_folder(args.out, args.resume) as folder:
         images_folder = Path(args.images)
-        if not args.resume and any(images_folder.glob("epoch_*.png")):
+        if not args.resume and common.RANK == 0 and any(images_folder.glob("epoch_*.png")):
             common.set_aside(images_folder, args.images)
         make_folder(images_folder, ".*.tmp")
         history = train(args, data, folder, images_folder, device)

@@ -301,6 +301,9 @@ def build(run: dict, **changes) -> nn.Module:
         **{**run["options"], **changes})
     if "best" in run:
         model.load_state_dict(run["best"])
+        names = len(run["symbols"]), len(run["answers"])
+        if names != (run["options"]["symbols"], model.output.out_features):
+            raise ValueError("{} symbols and {} answers".format(*names))
     return model.eval()
 
 
@@ -315,23 +318,23 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
                "memory": args.memory}
     if data.task == "classify":
         options.update(classes=len(data.answers), bidirectional=args.bidirectional)
+    checksum = common.checksum(data)
     run = runs.setdefault(f"{data.task} {cell}", {
         "task": data.task, "cell": cell, "options": options, "symbols": data.symbols,
-        "answers": data.answers, "history": []})
+        "answers": data.answers, "history": [], "data": checksum})
     history, model = run["history"], build(run).to(device)
     groups = 2 if data.task == "classify" else 1  # without batch norm, one length a batch will do
     steps = len(batches(data.train.lengths, args.batch_size, groups))
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                   **common.FUSED_ADAM)
     schedule = common.warmup_cosine(optimizer, steps, args.epochs * steps)
-    dtype = common.select_dtype(args.precision, device)
+    dtype = common.select_dtype(args.precision, device, small=True)
     scaler = common.gradient_scaler(dtype)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if history:
-        with common.using(folder / "last.pt"):
-            for name, part in state.items():
-                part.load_state_dict(run["last"][name])
-    compiled = common.compile_model(model, args.compile)
+        common.restore(folder / "last.pt", {**run, **run["last"]}, state, checksum)
+    parallel = common.parallel(common.compile_model(model, args.compile), device)
+    terms = (data.train.targets != IGNORE).sum(1)
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         if history and common.epochs_since_best(history, "validation_accuracy") >= args.patience:
@@ -343,42 +346,41 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
         teacher_forcing = args.teacher_forcing * (1 - decay)
         model.train()
         total_loss = torch.zeros((), device=device)
-        bar = common.progress(batches(data.train.lengths, args.batch_size, groups),
-                              f"{data.task} {cell} {epoch}/{args.epochs}")
-        for step, indices in enumerate(bar):
+        dealt = common.shares(batches(data.train.lengths, args.batch_size, groups), terms)
+        bar = common.progress(dealt, f"{data.task} {cell} {epoch}/{args.epochs}")
+        for step, (indices, weight, count) in enumerate(bar):
             batch = take(data.train, indices, device)
             with common.autocast(device, dtype):
-                logits = compiled(*batch, teacher_forcing)  # (N, classes) or (N, T, symbols)
+                logits = parallel(*batch, teacher_forcing)  # (N, classes) or (N, T, symbols)
             loss = F.cross_entropy(logits.float().flatten(0, -2), batch.targets.flatten())
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(weight * loss).backward()
             scaler.unscale_(optimizer)
             common.clip_gradients(model, args.clip, (epoch - 1) * steps + step + 1, scaler)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            total_loss += loss.detach() * len(indices)
-        seen = len(data.train.lengths)
-        speed = seen / (time.perf_counter() - start)
+            total_loss += weight * count * loss.detach()
+        common.average_buffers(model)
+        train_loss = common.mean_of_processes(total_loss).item() / terms.sum().item()
+        speed = len(terms) / (time.perf_counter() - start)
         validation_loss, _, _, hits = predict_part(model, data.validation, device)
         row = {"task": data.task, "cell": cell, "epoch": epoch, "teacher_forcing": teacher_forcing,
                "learning_rate": schedule.get_last_lr()[0],
-               "train_loss": total_loss.item() / seen, "validation_loss": validation_loss,
+               "train_loss": train_loss, "validation_loss": validation_loss,
                "validation_accuracy": hits.mean().item(), "sequences_per_second": speed,
                "seconds": time.perf_counter() - start}
         history.append(row)
         print(f"{data.task} {cell:<4} epoch {epoch:3}/{args.epochs}   train loss "
               f"{row['train_loss']:.4f}   validation loss {validation_loss:.4f}, accuracy "
               f"{row['validation_accuracy']:.2%}   {row['seconds']:.1f} s", flush=True)
-        common.write_history(folder / "history.csv", [
-            row for run in runs.values() for row in run["history"]])
-        if common.epochs_since_best(history, "validation_accuracy") == 0:
+        best = common.epochs_since_best(history, "validation_accuracy") == 0
+        if best:
             run["best"] = copy.deepcopy(model.state_dict())
-            common.save_checkpoint(folder / "best.pt", {
-                "script": "rnn.py", "data": args.data, "metrics": row,
-                "runs": {key: {**value, "last": None} for key, value in runs.items()}})
+            best = {"script": "rnn.py", "data": args.data, "metrics": row,
+                    "runs": {key: {**value, "last": None} for key, value in runs.items()}}
         run["last"] = {name: part.state_dict() for name, part in state.items()}
-        common.save_checkpoint(folder / "last.pt", {
+        common.save_epoch(folder, [row for run in runs.values() for row in run["history"]], best, {
             "script": "rnn.py", "options": vars(args), "runs": runs})
 
 
@@ -391,16 +393,18 @@ def predict_part(model, part: Part, device):
     """
     model.eval()  # batch norm by its running averages, no dropout
     predicted, probabilities = part.targets.clone(), torch.ones(part.targets.shape)
-    loss = 0.0
-    for indices in part.lengths.argsort().split(500):
+    results, loss = [], 0.0
+    for indices in common.mine(part.lengths.argsort().split(500)):
         batch = take(part, indices, device)
         with torch.no_grad():
-            logits = model(*batch, 0.0).cpu()
-        loss += F.cross_entropy(logits.flatten(0, -2), part.targets[
-            indices, :batch.targets.shape[1]].flatten(), reduction="sum").item()
-        best = F.softmax(logits, -1).view(*batch.targets.shape, -1).max(-1)
-        predicted[indices, :best.indices.shape[1]] = best.indices
-        probabilities[indices, :best.values.shape[1]] = best.values
+            logits = model(*batch, 0.0).flatten(0, -2)
+        results.append((
+            indices, F.cross_entropy(logits, batch.targets.flatten(), reduction="sum").item(),
+            *(x.view(batch.targets.shape).cpu() for x in F.softmax(logits, 1).max(1))))
+    for indices, part_loss, values, best in common.gather(results):
+        loss += part_loss
+        predicted[indices, :best.shape[1]] = best
+        probabilities[indices, :best.shape[1]] = values
     counted = part.targets != IGNORE
     right = ((predicted == part.targets) | ~counted).all(1).float()
     return loss / int(counted.sum()), predicted, probabilities, right
@@ -525,7 +529,6 @@ def predict(args, device) -> None:
                                          max(r["validation_accuracy"] for r in run["history"])))
         model = build(run).to(device)
     if texts == ["-"]:
-        sys.stdin.reconfigure(encoding="utf-8", errors="replace")
         texts = [line.rstrip("\n") for line in sys.stdin]
     inputs, lengths = encode(texts or [""], run["symbols"], PAD)
     # The targets' shape alone counts: one class, or a symbol more than the inputs have.

@@ -308,13 +308,16 @@ def train(args, data: Dataset, folder, device) -> list:
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                   betas=(0.9, 0.98), **common.FUSED_ADAM)
     schedule = common.warmup_cosine(optimizer, args.warmup, args.epochs * steps)
-    # On CPUs, casting to bfloat16 and back costs matrices this small more than it saves.
-    precision = "float32" if (args.precision, device.type) == ("auto", "cpu") else args.precision
-    dtype = common.select_dtype(precision, device)
+    dtype = common.select_dtype(args.precision, device, small=True)
     scaler = common.gradient_scaler(dtype)
     state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    history = common.restore(folder / "last.pt", "transformer.py", state) if args.resume else []
-    compiled = common.compile_model(model, args.compile)
+    checksum = common.checksum((data.train, data.validation, data.vocabulary.tokens))
+    path, history = folder / "last.pt", []
+    if args.resume:
+        checkpoint = common.load_checkpoint(path, "transformer.py")
+        history = common.restore(path, checkpoint, state, checksum)
+    parallel = common.parallel(common.compile_model(model, args.compile), device)
+    terms = torch.tensor([len(target) - 1 for _, target in pairs])  # tokens to predict
 
     for epoch in range(len(history) + 1, args.epochs + 1):
         if history and common.epochs_since_best(history, BEST) >= args.patience:
@@ -323,25 +326,28 @@ def train(args, data: Dataset, folder, device) -> list:
         start = time.perf_counter()
         common.seed_everything(args.seed, epoch)
         model.train()
-        totals = torch.zeros(3, device=device)  # loss, tokens, right ones
-        bar = common.progress(batches(pairs, budget, shuffle=True), f"epoch {epoch}/{args.epochs}")
-        for step, indices in enumerate(bar):
+        totals = torch.zeros(2, device=device)  # loss, right tokens
+        bar = common.progress(common.shares(batches(pairs, budget, shuffle=True), terms),
+                              f"epoch {epoch}/{args.epochs}")
+        seen = 0
+        for step, (indices, weight, count) in enumerate(bar):
             source, target, mask = collate([pairs[i] for i in indices], device)
             with common.autocast(device, dtype):
                 # Teacher forcing: whatever is predicted, the next input is the right token.
-                logits = compiled(source, target[:, :-1], mask)
-            loss, count, right = cross_entropy(logits, target[:, 1:], args.label_smoothing)
+                logits = parallel(source, target[:, :-1], mask)
+            loss, tokens, right = cross_entropy(logits, target[:, 1:], args.label_smoothing)
             optimizer.zero_grad()
-            scaler.scale(loss).backward()
+            scaler.scale(weight * loss).backward()
             scaler.unscale_(optimizer)
             common.clip_gradients(model, args.clip, (epoch - 1) * steps + step + 1, scaler)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            totals += torch.stack([loss.detach() * count, count, right])
+            totals += weight * count * torch.stack([loss.detach(), right / tokens])
+            seen += count
             if step % 10 == 9:
-                bar.set_postfix_str(f"loss {totals[0] / totals[1]:.3f}", refresh=False)
-        loss, _, share = (totals / totals[1]).tolist()
+                bar.set_postfix_str(f"loss {totals[0] / seen:.3f}", refresh=False)
+        loss, share = (common.mean_of_processes(totals) / seen).tolist()
         validation, _ = measure(model, data.vocabulary, data.validation, device)
         history.append({"epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
                         "train_loss": loss, "train_token_accuracy": share,
@@ -349,15 +355,13 @@ def train(args, data: Dataset, folder, device) -> list:
                         "seconds": time.perf_counter() - start})
         print(f"epoch {epoch:3}/{args.epochs}   train loss {loss:.3f}, tokens {share:.2%}   "
               f"validation {describe(validation)}   {history[-1]['seconds']:.1f} s", flush=True)
-        common.write_history(folder / "history.csv", history)
-        if common.epochs_since_best(history, BEST) == 0:
-            common.save_checkpoint(folder / "best.pt", {
-                "script": "transformer.py", "model": model.state_dict(), "model_options": options,
-                "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],
-                "data": data.name, "metrics": history[-1]})
-        common.save_checkpoint(folder / "last.pt", {
-            "script": "transformer.py", "options": vars(args), "history": history,
-            **{name: part.state_dict() for name, part in state.items()}})
+        best = common.epochs_since_best(history, BEST) == 0 and {
+            "script": "transformer.py", "model": model.state_dict(), "model_options": options,
+            "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],
+            "data": data.name, "metrics": history[-1]}
+        common.save_epoch(folder, history, best, {
+            "script": "transformer.py", "options": vars(args), "data": checksum,
+            "history": history, **{name: part.state_dict() for name, part in state.items()}})
     return history
 
 
@@ -423,12 +427,15 @@ def measure(model, vocabulary, answers: dict, device, beam: int = 1):
     """
     model.eval()
     pairs = [vocabulary.encode(source, targets[0]) for source, targets in answers.items()]
-    totals, rows = torch.zeros(3, device=device), {}  # loss, tokens, right ones; what it writes
-    for indices in common.progress(batches(pairs, 8192), "decoding"):
+    results = []  # of each batch: indices, what it writes, and [loss, tokens, right ones]
+    for indices in common.progress(common.mine(batches(pairs, 8192)), "decoding"):
         source, target, mask = collate([pairs[i] for i in indices], device)
         loss, count, right = cross_entropy(model(source, target[:, :-1], mask), target[:, 1:])
-        totals += torch.stack([loss * count, count, right])
-        rows.update(zip(indices, beam_search(model, source, mask, beam)))
+        results.append((indices, beam_search(model, source, mask, beam),
+                        torch.stack([loss * count, count, right]).cpu()))
+    batched, written, totals = zip(*common.gather(results))
+    rows = {i: row for numbers, part in zip(batched, written) for i, row in zip(numbers, part)}
+    totals = sum(totals)
     loss, _, token_accuracy = (totals / totals[1]).tolist()
     found, errors, lengths, by_length = {}, 0, 0, defaultdict(list)
     for i, (source, targets) in enumerate(answers.items()):
@@ -516,15 +523,16 @@ def load_model(path, device):
     with common.using(path):
         model = Transformer(**checkpoint["model_options"])
         model.load_state_dict(checkpoint["model"])
-    return model.to(device), Vocabulary(checkpoint["tokens"][UNK + 1:]), checkpoint
+        vocabulary = Vocabulary(checkpoint["tokens"][UNK + 1:])
+        if len(vocabulary.tokens) != len(model.embedding.weight):
+            raise ValueError(f"a vocabulary of {len(vocabulary.tokens)} tokens")
+    return model.to(device), vocabulary, checkpoint
 
 
 def predict(args, device) -> None:
     """Print `source <tab> target <tab> probability` for each text of --predict."""
     model, vocabulary, checkpoint = load_model(Path(args.out, "best.pt"), device)
     (kind, answer_kind), limit = checkpoint["kinds"], len(model.positions) - 1
-    for stream in sys.stdin, sys.stdout:
-        stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     lines = args.predict if args.predict != ["-"] else sys.stdin.read().rstrip("\n").split("\n")
     sources = [SPLIT[kind](line) for line in lines]
     for i, source in enumerate(sources, 1):

@@ -78,10 +78,13 @@ def test_seed_everything_repeats_and_tells_epochs_apart():
     assert len({draw(1, 2), draw(2, 1), draw(1), draw(12)}) == 4
 
 
-def test_history_is_a_csv_table(tmp_path):
+def test_an_epoch_leaves_a_csv_table_and_checkpoints(tmp_path):
     rows = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
-    common.write_history(tmp_path / "h.csv", rows)
-    assert (tmp_path / "h.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
+    common.save_epoch(tmp_path, rows[:1], {"script": "x", "n": 1}, {"script": "x", "n": 1})
+    common.save_epoch(tmp_path, rows, False, {"script": "x", "n": 2})  # not the best one
+    assert (tmp_path / "history.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
+    assert common.load_checkpoint(tmp_path / "best.pt", "x")["n"] == 1
+    assert common.load_checkpoint(tmp_path / "last.pt", "x")["n"] == 2
 
 
 # ---------------------------------------------------------------- Files
