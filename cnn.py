@@ -218,7 +218,7 @@ def train(args, data: Dataset, folder, device) -> list:
     pixels = data.train.images[::10].reshape(-1, 3).float() / 255
     options = {"classes": len(data.classes), "widths": args.widths, "units": args.units,
                "hidden": args.hidden, "dropout": args.dropout, "batch_norm": not args.no_batch_norm,
-               "mean": pixels.mean(0).tolist(), "std": pixels.std(0).tolist()}
+               "mean": pixels.mean(0).tolist(), "std": pixels.std(0).clamp(min=1e-3).tolist()}
     model = CNN(**options).to(device)
     images, labels = (tensor.to(device) for tensor in data.train)
     steps = math.ceil(len(labels) / args.batch_size)
@@ -357,7 +357,7 @@ def evaluate(args, data: Dataset, folder, device, history) -> None:
 
 
 def draw_confusion(path, confusion, classes, title):
-    size = 3 + 0.42 * len(classes)
+    size, classes = 3 + 0.42 * len(classes), list(map(common.plain, classes))
     figure, ((axis,),) = common.new_figure(1, 1, (size + 1, size), title)
     share = confusion.float() / confusion.sum(1, keepdim=True).clamp(min=1)
     image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -388,7 +388,7 @@ def draw_predictions(path, data, logits, title, columns=8):
             text = f"{data.classes[predicted[i]]} {confidence[i]:.0%}"
             if not right[i]:
                 text += f"\nis {data.classes[data.test.labels[i]]}"
-            axis.set_title(text, fontsize=9, color=colour)
+            axis.set_title(common.plain(text), fontsize=9, color=colour)
     common.save_figure(path, figure)
 
 
@@ -409,7 +409,7 @@ def draw_filters(path, model, title, columns=16):
 
 def load_model(path, device):
     """The network saved in a best.pt, and the checkpoint itself."""
-    checkpoint = common.load_checkpoint(path, "cnn.py")
+    checkpoint = common.load_checkpoint(path, "cnn.py", "mirror", "metrics")
     with common.using(path):
         model = CNN(**checkpoint["model_options"])
         model.load_state_dict(checkpoint["model"])

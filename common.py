@@ -11,6 +11,7 @@ import contextlib
 import csv
 import ctypes
 import io
+import itertools
 import json
 import math
 import os
@@ -61,10 +62,13 @@ def run_main(main) -> None:
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     try:
         if WORLD > 1:
-            dist.init_process_group("gloo")
+            # Every start under a name of its own: those of the last one left their addresses.
+            store, _, _ = next(dist.rendezvous("env://"))
+            store = dist.PrefixStore(str(RESTARTS), store)
+            dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD)
         main()
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{Path(sys.argv[0]).name}: error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
         if WORLD == 1 or "by peer" not in str(error):
@@ -75,6 +79,11 @@ def run_main(main) -> None:
         sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
+def one_line(message) -> str:
+    """The message in one line, whatever the names in it are made of."""
+    return str(message).replace("\n", "\\n")
+
+
 def warn(message: str) -> None:
     if RANK == 0:
         print(f"warning: {message}", file=sys.stderr)
@@ -82,9 +91,10 @@ def warn(message: str) -> None:
 
 # ---------------------------------------------------------------- Several processes
 
-# torchrun starts WORLD processes, on one machine or more, and tells each its number.
-RANK, LOCAL_RANK, WORLD = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+# torchrun starts WORLD processes, on one machine or more, and tells each its number; after a crash
+# it starts them again.
+RANK, LOCAL_RANK, WORLD, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
+    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0)))
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
@@ -150,7 +160,7 @@ def of_the_first(value):
     """What the first process has in this place."""
     box = [value]
     if WORLD > 1:
-        dist.broadcast_object_list(box)
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
@@ -202,7 +212,9 @@ def select_device(name: str) -> torch.device:
     if name == "cuda" and WORLD > 1:  # a GPU for each process of a machine
         name = f"cuda:{LOCAL_RANK}"
     try:
-        device = torch.empty(1, device=name).device
+        there = torch.zeros(1, device=name)
+        there.cpu()  # "meta" has no numbers to give back
+        device = there.device
     except Exception:
         raise UserError(f"--device {name}: not found by this PyTorch; try --device auto") from None
     if device.type == "cuda":
@@ -277,7 +289,7 @@ def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse
     """A parser with the options that mean the same in every script, and the script's defaults."""
     parser = argparse.ArgumentParser(script, description=doc, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{script}: error: {message}\n")
+    parser.error = lambda message: parser.exit(2, f"{script}: error: {one_line(message)}\n")
     group = parser.add_argument_group("options that every script has")
     for flag, kind, metavar, meaning in (
             ("--data", str, "DATA", data_help),
@@ -307,19 +319,26 @@ def parse_options(parser, fixed=()) -> argparse.Namespace:
 
     `fixed` names the options that a resumed run cannot change: those of its model and data.
     """
+    def refuse(message):
+        raise ValueError(message)
     args = parser.parse_args()
     path = Path(args.out, "last.pt")
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-    if args.resume or restarts and of_the_first(path.is_file()):
+    if args.resume or RESTARTS and of_the_first(path.is_file()):
         with using(path):
             saved, words = load_checkpoint(path, parser.prog)["options"], []
+            others = saved.keys() ^ vars(args).keys()
+            if others:
+                raise ValueError("another version's options: " + ", ".join(sorted(others)))
             saved.update(resume=True, out=args.out)
             for name, value in saved.items():
                 flag = "--" + name.replace("_", "-")
                 if isinstance(value, list):
                     words += [flag, *map(str, value)]
-                elif value not in (None, False):
+                elif value is not None and value is not False:  # 0 is a value like others
                     words += [flag if value is True else f"{flag}={value}"]
+            error, parser.error = parser.error, refuse
+            parser.parse_args(words)
+            parser.error = error
         args = parser.parse_args(words + sys.argv[1:])
         for name in fixed:
             if getattr(args, name) != saved.get(name):
@@ -381,8 +400,9 @@ def using(path: Path):
         raise UserError(f"{path} is damaged or does not fit: {reason}") from None
 
 
-def load_checkpoint(path: Path, script: str) -> dict:
-    """Load what `script` saved. Raises UserError if that is missing, damaged or another script's.
+def load_checkpoint(path: Path, script: str, *keys) -> dict:
+    """Load what `script` saved. Raises UserError if that is missing, damaged or another script's,
+    or lacks one of the `keys`.
 
     No code in the file is run, except below PyTorch 1.13: load only your own files there. The
     first of several processes reads the file for all.
@@ -391,20 +411,29 @@ def load_checkpoint(path: Path, script: str) -> dict:
         content = of_the_first(path.read_bytes() if RANK == 0 and path.is_file() else None)
         if content is None:
             raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
-        damaged = zipfile.ZipFile(io.BytesIO(content)).testzip()  # by checksums; PyTorch has none
+        archive = zipfile.ZipFile(io.BytesIO(content))
+        if any(entry.compress_type for entry in archive.infolist()):  # small here, huge in memory
+            raise ValueError("it is compressed")
+        damaged = archive.testzip()  # by checksums; PyTorch has none
         if damaged:
             raise ValueError(f"{damaged} is not what was written")
         safe = {"weights_only": True} if SAFE_LOADING else {}
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", **safe)
         if checkpoint["script"] != script:
             raise UserError(f"{path} was written by {checkpoint['script']}, not by {script}")
+        if not checkpoint.keys() >= set(keys):
+            raise ValueError("it lacks " + ", ".join(sorted(set(keys) - checkpoint.keys())))
     return checkpoint
 
 
 def set_aside(folder: Path, name: str) -> None:
     """Rename a folder that holds another run to `name`.1, .2 and so on, and say so."""
     n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
-    folder.rename(f"{folder}.{n}")
+    try:
+        folder.rename(f"{folder}.{n}")
+    except OSError as error:
+        raise UserError(f"cannot move {name} aside: {error.strerror}; take another folder"
+                        ) from None
     warn(f"{name} held another run, which is now in {name}.{n}")
 
 
@@ -431,7 +460,7 @@ def run_folder(out: str, resume: bool):
     try:
         if RANK == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder.with_name(folder.name + ".lock"), "w")
+            lock = open(f"{folder}.lock", "w")
             if fcntl:  # the system lets go of it when this process ends, in whatever way
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if last.exists() and not resume:
@@ -522,19 +551,31 @@ def new_figure(rows: int, columns: int, inches, title: str):
     """A Matplotlib figure that needs no display, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
     figure = Figure(inches, constrained_layout=True)
-    figure.suptitle(title)
+    figure.suptitle(plain(title))
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def save_figure(path: Path, figure) -> None:
+    """Write a figure as PNG, in at most 8000 pixels a side, which take a quarter of a GiB."""
     if RANK:
         return
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=120)
+    with warnings.catch_warnings():  # of letters that the font lacks, and of little room
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(buffer, dpi=min(120, 8000 / max(figure.get_size_inches())))
     write_file(path, buffer.getvalue())
 
 
+def plain(text: str) -> str:
+    """A text of the user's for Matplotlib to draw as it is: no formula between two dollar signs,
+    no byte that is not UTF-8.
+    """
+    return text.replace("$", r"\$").encode("utf-8", "replace").decode()
+
+
 # ---------------------------------------------------------------- Tables
+
+LARGEST_TABLE = 1024  # MiB; all of it is held in memory
 
 
 def read_table(path: str, names) -> list:
@@ -544,7 +585,11 @@ def read_table(path: str, names) -> list:
     has them in the first two. Raises UserError with the number of a line that cannot be used.
     """
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            blocks = iter(lambda: file.read(2**20), b"")
+            content = b"".join(itertools.islice(blocks, LARGEST_TABLE))
+            if file.read(1):  # /dev/zero has no end
+                raise UserError(f"--data {path}: more than {LARGEST_TABLE} MiB; take a part of it")
         text = content.decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"--data {path}: {error.strerror}; name a CSV or TSV file") from None
@@ -553,7 +598,7 @@ def read_table(path: str, names) -> list:
         raise UserError(f"--data {path}: line {line} is not UTF-8; save it so") from None
     tabs = "\t" in text.split("\n")[0]  # TSV has no quotes, so that a text may hold one
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",",
-                        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
+                        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)
     rows, columns = [], None
     try:
         for row in filter(None, reader):
@@ -581,15 +626,21 @@ def read_image(path, size: int, channels: int) -> np.ndarray:
     """
     from PIL import Image, ImageOps
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+            with Image.open(path) as image:
+                image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.BICUBIC)
             return np.asarray(image).reshape(size, size, channels)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller"
+                        ) from None
     except Exception:
-        problem = "not an image that can be read" if Path(path).exists() else "no such file"
-        raise UserError(f"{path}: {problem}") from None
+        raise UserError(f"{path}: not an image that can be read") from None
 
 
 def load_image_folder(folder: str, size: int, channels: int, labelled: bool = True):
@@ -601,7 +652,7 @@ def load_image_folder(folder: str, size: int, channels: int, labelled: bool = Tr
     Raises UserError if the folder is missing, or a class in it has no images.
     """
     root = Path(folder)
-    if not root.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"--data {folder}: neither a folder nor the name of a data set")
     parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
     parts = parts if "train" in parts else {"train": root}

@@ -14,7 +14,9 @@ import contextlib
 import copy
 import io
 import math
+import os
 import time
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CI
 FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono",
          "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic",
          "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10")
+NEIGHBOURS = 5  # of a real image, that tell how far it reaches: k of Naeem et al., 2020
 PENALTY_EVERY = 8  # steps: it changes slowly, and costs as much as a step (Karras et al., 2020)
 
 
@@ -88,10 +91,13 @@ def synthetic_digits(count: int, seed: int) -> torch.Tensor:
 def folder_format(folder: str):
     """Size and channels for the images of a folder: those of most of them, at most 64 pixels."""
     sides, colours = [], 0
-    for path in sorted(Path(folder).rglob("*"))[:1000]:
-        with contextlib.suppress(Exception), Image.open(path) as image:
-            sides.append(min(image.size))
-            colours += image.mode not in ("1", "L", "LA", "I", "I;16", "F")
+    paths = Path(folder).rglob("*") if os.path.isdir(folder) else []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of images too large: they are skipped when read
+        for path in sorted(path for path in paths if path.is_file())[:1000]:
+            with contextlib.suppress(Exception), Image.open(path) as image:
+                sides.append(min(image.size))
+                colours += image.mode not in ("1", "L", "LA", "I", "I;16", "F")
     if not sides:
         raise common.UserError(f"--data {folder}: no folder with images, nor the name of a set")
     side = sorted(sides)[len(sides) // 2] // 4 * 4
@@ -119,6 +125,10 @@ def load_data(args) -> Dataset:
             raise common.UserError(f"--data {name}: {len(parts['train'][0])} images are too few "
                                    "to learn from; provide at least 100")
     common.hold_out_missing(parts, args.seed)
+    for part in ("val", "test"):
+        if len(parts[part][0]) <= NEIGHBOURS:
+            raise common.UserError(f"--data {name}: {len(parts[part][0])} images in {part} are too "
+                                   f"few to measure by; provide at least {NEIGHBOURS + 1}")
     return Dataset(name, *(parts[part][0] for part in ("train", "val", "test")))
 
 
@@ -398,7 +408,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
 
 
-def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = 5):
+def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS):
     """How typical the generated features are, and the share of real ones that they reach.
 
     Around each real feature lies a ball that holds its k nearest real neighbours. Density: in how
@@ -445,10 +455,11 @@ def evaluate(args, data: Dataset, folder, images_folder, device, history) -> Non
     draw_grid(images_folder / "nearest.png", torch.cat([fake[:10, None], nearest], 1).flatten(0, 1),
               8, f"{title}\ngenerated, and nearest in training")
     frames = [Image.open(path) for path in sorted(images_folder.glob("epoch_*.png"))]
-    buffer = io.BytesIO()
-    frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], loop=0,
-                   duration=[min(500, 10000 // len(frames))] * (len(frames) - 1) + [2000])
-    common.write_file(images_folder / "progress.gif", buffer.getvalue())
+    if frames:  # the user may have taken them away before --resume
+        buffer = io.BytesIO()
+        frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[min(500, 10000 // len(frames))] * (len(frames) - 1) + [2000])
+        common.write_file(images_folder / "progress.gif", buffer.getvalue())
     print("\ntest on {} ({} images, weights of epoch {best_epoch}; real training images in "
           "brackets):\nFréchet distance {frechet:.3f} ({frechet_floor:.3f}), density {density:.2f} "
           "({density_floor:.2f}), coverage {coverage:.1%} ({coverage_floor:.1%})".format(
@@ -474,7 +485,7 @@ def draw_grid(path, images, columns: int, title: str):
 
 def load_generator(path, device):
     """The averaged generator saved in a best.pt, and the checkpoint itself."""
-    checkpoint = common.load_checkpoint(path, "gan.py")
+    checkpoint = common.load_checkpoint(path, "gan.py", "data", "metrics")
     with common.using(path):
         generator = Generator(**checkpoint["model_options"])
         generator.load_state_dict(checkpoint["model"])
@@ -499,7 +510,7 @@ def draw_samples(args, device) -> None:
     generator, checkpoint = load_generator(Path(args.out, "best.pt"), device)
     folder = Path(args.images, "samples")
     make_folder(folder, "[0-9]*.png")
-    latent = latent_vectors(args.sample, checkpoint["model_options"]["latent"], args.seed)
+    latent = latent_vectors(args.sample, generator.project.in_features, args.seed)
     images = generate(generator, latent, device)
     for i, image in enumerate(images.numpy()):
         buffer = io.BytesIO()

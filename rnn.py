@@ -470,6 +470,7 @@ def draw_predictions(axis, data, answers, hits):
     rows = [["".join(data.symbols[i] for i in data.test.inputs[k, :50]),
              *(spell(column[k], data.answers) for column in (data.test.targets, *answers.values()))]
             for k in shown]
+    rows = [list(map(common.plain, row)) for row in rows]
     colours = [["none", "none", *("none" if hit[k] else "mistyrose" for hit in hits.values())]
                for k in shown]
     table = axis.table(rows, colours, colLabels=["sequence", "true", *answers], loc="center",
@@ -516,14 +517,25 @@ def draw_memory(folder, title, data, args, runs):
     for axis, (name, values) in zip(axes.flat, pictures.items()):
         figure.colorbar(axis.imshow(values, aspect="auto", vmin=0, vmax=1), ax=axis)
         axis.set(title=name, ylabel="unit", xticks=range(values.shape[1]))
-        axis.set_xticklabels([data.symbols[i] for i in inputs[0]], fontsize=6)
+        axis.set_xticklabels([common.plain(data.symbols[i]) for i in inputs[0]], fontsize=6)
     common.save_figure(folder / "gates.png", figure)
+
+
+def load_runs(path) -> dict:
+    """The runs in a best.pt or last.pt, each of which holds what it should."""
+    runs = common.load_checkpoint(path, "rnn.py", "runs")["runs"]
+    with common.using(path):
+        for run in runs.values():
+            build(run)
+            if {"cell", "history", "last", "data"} - set(run):
+                raise ValueError("a run in it is not whole")
+    return runs
 
 
 def predict(args, device) -> None:
     """Print `text <tab> answer <tab> probability` for each text of --predict."""
     path, texts = Path(args.out, "best.pt"), args.predict
-    runs = common.load_checkpoint(path, "rnn.py")["runs"].values()
+    runs = load_runs(path).values()
     with common.using(path):  # of the runs that fit --tasks and --cells best, the most accurate
         run = max(runs, key=lambda run: (run["task"] == args.tasks[0], run["cell"] in args.cells,
                                          max(r["validation_accuracy"] for r in run["history"])))
@@ -585,8 +597,11 @@ def main() -> None:
         return
     tasks = [load_data(args, task) for task in args.tasks
              if task == "classify" or args.data == "synthetic"]
+    if not tasks:
+        raise common.UserError("--tasks generate: there is no such data but the synthetic; leave "
+                               "--tasks out to classify the texts of --data")
     with common.run_folder(args.out, args.resume) as folder:
-        runs = common.load_checkpoint(folder / "last.pt", "rnn.py")["runs"] if args.resume else {}
+        runs = load_runs(folder / "last.pt") if args.resume else {}
         for data in tasks:
             print(f"{data.task}, {args.data}: {len(data.train.lengths)} sequences to train on, "
                   f"{len(data.validation.lengths)} to validate, {len(data.test.lengths)} to test")

@@ -489,20 +489,24 @@ def evaluate(args, data: Dataset, folder, device, history) -> None:
 
 
 def draw(folder, title, model, vocabulary, pair, test):
-    """Cross-attention of the last decoder layer on one pair; positions; accuracy by length."""
+    """Cross-attention of the last decoder layer on one pair, in at most 8 heads and 50 tokens;
+    positions; accuracy by length.
+    """
+    pair = [row[:50] for row in pair]
     attention = model.decoder[-1].cross_attention
     attention.keep_weights = True
     source, target, _ = collate([vocabulary.encode(*pair)], model.positions.device)
     with torch.no_grad():
         model(source, target[:, :-1])
-    heads, height, width = attention.weights[0].shape
+    heads, height, width = attention.weights[0, :8].shape
     figure, axes = common.new_figure(1, heads, (heads * (1 + 0.2 * width), 1.3 + 0.2 * height),
                                      f"{title}: cross-attention of the last decoder layer")
     for head, (axis, weights) in enumerate(zip(axes.flat, attention.weights[0].cpu()), 1):
         axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
         axis.set(title=f"head {head}", xlabel="source", ylabel="token written")
-        axis.set_xticks(range(width), [*pair[0], "<eos>"], fontsize=8, rotation=90)
-        axis.set_yticks(range(height), [*pair[1], "<eos>"], fontsize=8)
+        labels = [[*map(common.plain, row), "<eos>"] for row in pair]
+        axis.set_xticks(range(width), labels[0], fontsize=8, rotation=90)
+        axis.set_yticks(range(height), labels[1], fontsize=8)
     common.save_figure(folder / "attention.png", figure)
     figure, ((axis,),) = common.new_figure(1, 1, (6, 4), f"{title}: positional encoding")
     figure.colorbar(axis.imshow(model.positions.cpu(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto"))
@@ -519,7 +523,7 @@ def draw(folder, title, model, vocabulary, pair, test):
 
 def load_model(path, device):
     """The Transformer saved in a best.pt, its vocabulary, and the checkpoint itself."""
-    checkpoint = common.load_checkpoint(path, "transformer.py")
+    checkpoint = common.load_checkpoint(path, "transformer.py", "kinds", "metrics")
     with common.using(path):
         model = Transformer(**checkpoint["model_options"])
         model.load_state_dict(checkpoint["model"])
