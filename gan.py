@@ -50,19 +50,16 @@ def glyphs(side: int = 56) -> torch.Tensor:
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties
-    drawn = []
-    for font in FONTS:
+    figure = Figure((10, len(FONTS)), dpi=side)  # inches: a square inch for each digit
+    for row, font in enumerate(reversed(FONTS)):  # from the bottom up
         file = Path(matplotlib.get_data_path(), "fonts", "ttf", font + ".ttf")
-        figure = Figure((10, 1), dpi=side)
         for digit in range(10):
-            figure.text(digit / 10 + 0.05, 0.5, str(digit), ha="center", va="center", fontsize=54,
-                        fontproperties=FontProperties(fname=str(file)))
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        row = 255 - torch.tensor(np.asarray(canvas.buffer_rgba())[..., 0])  # (side, 10 * side)
-        drawn.append(row.view(side, 10, side).transpose(0, 1) / 255)
-    return torch.stack(drawn)
+            figure.text((digit + 0.5) * side, (row + 0.5) * side, str(digit), ha="center",
+                        va="center", font=file, fontsize=54, transform=None)  # None: in pixels
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    ink = 255 - torch.tensor(np.asarray(canvas.buffer_rgba())[..., 0])
+    return ink.view(len(FONTS), side, 10, side).transpose(1, 2) / 255
 
 
 def synthetic_digits(count: int, seed: int) -> torch.Tensor:
@@ -92,12 +89,11 @@ def folder_format(folder: str):
     """Size and channels for the images of a folder: those of most of them, at most 64 pixels."""
     sides, colours = [], 0
     paths = Path(folder).rglob("*") if os.path.isdir(folder) else []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of images too large: they are skipped when read
-        for path in sorted(path for path in paths if path.is_file())[:1000]:
-            with contextlib.suppress(Exception), Image.open(path) as image:
-                sides.append(min(image.size))
-                colours += image.mode not in ("1", "L", "LA", "I", "I;16", "F")
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # skipped when it is read
+    for path in sorted(path for path in paths if path.is_file())[:1000]:
+        with contextlib.suppress(Exception), Image.open(path) as image:
+            sides.append(min(image.size))
+            colours += image.mode not in ("1", "L", "LA", "I", "I;16", "F")
     if not sides:
         raise common.UserError(f"--data {folder}: no folder with images, nor the name of a set")
     side = sorted(sides)[len(sides) // 2] // 4 * 4
@@ -129,7 +125,7 @@ def load_data(args) -> Dataset:
         if len(parts[part][0]) <= NEIGHBOURS:
             raise common.UserError(f"--data {name}: {len(parts[part][0])} images in {part} are too "
                                    f"few to measure by; provide at least {NEIGHBOURS + 1}")
-    return Dataset(name, *(parts[part][0] for part in ("train", "val", "test")))
+    return Dataset(name, *(parts[part][0].contiguous() for part in ("train", "val", "test")))
 
 
 def to_float(images):
@@ -199,16 +195,15 @@ class Discriminator(nn.Module):
                  batch_norm: bool = True):
         super().__init__()
         *sides, side = halvings(size)
-        layers, inputs = [], channels
-        for k in range(len(sides)):
-            outputs, norm = width * 2**k, batch_norm and k > 0  # none on the images themselves
-            layers += [nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1,
-                                 bias=not norm)]
+        widths = [channels] + [width * 2**k for k in range(len(sides))]  # 1, 64, 128, 256
+        layers = []
+        for inputs, outputs in zip(widths, widths[1:]):
+            norm = batch_norm and layers != []  # none on the images themselves
+            layers += [nn.Conv2d(inputs, outputs, 4, stride=2, padding=1, bias=not norm)]
             layers += [nn.BatchNorm2d(outputs)] if norm else []
             layers += [nn.LeakyReLU(0.2, inplace=True)]
-            inputs = outputs
         self.layers = nn.Sequential(*layers)
-        self.classifier = nn.Linear(inputs * side**2, 1)
+        self.classifier = nn.Linear(widths[-1] * side**2, 1)
         initialise(self)
 
     def forward(self, images):
@@ -250,23 +245,23 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
     """Train both networks; keep their last and best epoch in `folder`. Returns the history."""
     common.seed_everything(args.seed)
     size, channels = data.train.shape[2:]
-    options = {"size": size, "channels": channels, "latent": args.latent, "width": args.width,
+    options = {"size": size, "channels": channels, "width": args.width,
                "batch_norm": not args.no_batch_norm}
-    generator = Generator(**options).to(device)
-    discriminator = Discriminator(size, channels, args.width, not args.no_batch_norm).to(device)
+    generator = Generator(latent=args.latent, **options).to(device)
+    discriminator = Discriminator(**options).to(device)
     average = copy.deepcopy(generator).requires_grad_(False)
     images = data.train.to(device)
     steps = math.ceil(len(images) / args.batch_size)
-    networks, optimizers, schedules = (discriminator, generator), [], []
-    for network in networks:
-        optimizers.append(torch.optim.Adam(common.parameter_groups(network, args.weight_decay),
-                                           lr=args.lr, betas=(args.beta1, 0.999)))
-        schedules.append(common.warmup_cosine(optimizers[-1], 0, args.epochs * steps))
+    networks = discriminator, generator
+    optimizers = [torch.optim.Adam(common.parameter_groups(network, args.weight_decay), lr=args.lr,
+                                   betas=(args.beta1, 0.999)) for network in networks]
+    schedules = [common.warmup_cosine(each, 0, args.epochs * steps) for each in optimizers]
     dtype = common.select_dtype(args.precision, device)
     scaler = common.gradient_scaler(dtype)
-    state = dict(zip(("discriminator", "generator", "average", "discriminator_optimizer",
-                      "generator_optimizer", "discriminator_schedule", "generator_schedule",
-                      "scaler"), (*networks, average, *optimizers, *schedules, scaler)))
+    state = {"discriminator": discriminator, "generator": generator, "average": average,
+             "discriminator_optimizer": optimizers[0], "generator_optimizer": optimizers[1],
+             "discriminator_schedule": schedules[0], "generator_schedule": schedules[1],
+             "scaler": scaler}
     path, checksum, history = folder / "last.pt", common.checksum(data), []
     if args.resume:
         checkpoint = common.load_checkpoint(path, "gan.py")
@@ -328,12 +323,12 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
                 bar.set_postfix_str(f"losses {loss:.2f}, {fooling:.2f}", refresh=False)
         common.average_buffers(*networks, average)
         samples = generate(average, fixed, device)
-        fake_features = random_features(samples)
+        features = random_features(samples)
         row = {"epoch": epoch, "learning_rate": schedules[0].get_last_lr()[0]}
         row.update(zip(("discriminator_loss", "generator_loss", "real_accuracy", "fake_accuracy"),
                        (common.mean_of_processes(sums) / len(images)).tolist()))
-        row["frechet"] = frechet_distance(real_features, fake_features)
-        row["density"], row["coverage"] = density_coverage(real_features, fake_features)
+        row["frechet"] = frechet_distance(real_features, features)
+        row["density"], row["coverage"] = density_coverage(real_features, features)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
         print("epoch {epoch:3}/{}   losses {discriminator_loss:.3f}, {generator_loss:.3f}   "
@@ -347,8 +342,8 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
         draw_grid(images_folder / f"epoch_{epoch:03}.png", samples[:64], 8,
                   f"DCGAN on {data.name}, epoch {epoch}")
         best = common.epochs_since_best(history, "frechet", min) == 0 and {
-            "script": "gan.py", "model": average.state_dict(), "model_options": options,
-            "data": data.name, "metrics": row}
+            "script": "gan.py", "model": average.state_dict(), "data": data.name, "metrics": row,
+            "model_options": {"latent": args.latent, **options}}
         common.save_epoch(folder, history, best, {
             "script": "gan.py", "options": vars(args), "data": checksum, "history": history,
             **{name: part.state_dict() for name, part in state.items()}})
@@ -377,11 +372,9 @@ def random_features(images) -> np.ndarray:
     layer of a convolutional network with fixed random weights, which knows no data set and needs
     no download. Naeem et al., 2020.
     """
-    generator, weights, channels = torch.Generator().manual_seed(0), [], images.shape[3]
-    for width in (32, 64, 128):
-        weight = torch.randn(width, channels, 4, 4, generator=generator)
-        weights.append(weight * math.sqrt(2 / weight[0].numel()))  # He et al., 2015
-        channels = width
+    generator, widths = torch.Generator().manual_seed(0), (images.shape[3], 32, 64, 128)
+    weights = [torch.randn(outputs, inputs, 4, 4, generator=generator) * math.sqrt(2 / inputs / 16)
+               for inputs, outputs in zip(widths, widths[1:])]  # He et al., 2015
     features = []
     for part in common.mine(images.split(500)):
         x, means = to_float(part), []
@@ -449,11 +442,11 @@ def evaluate(args, data: Dataset, folder, images_folder, device, history) -> Non
         return
     draw_grid(images_folder / "final.png", fake[:200], 20, title)
     draw_grid(images_folder / "interpolation.png", walk, 10,
-              f"{title}\neach row: from one latent vector to the next")
+              f"{title}: in each row from one latent vector to the next")
     distances = torch.cdist(fake[:10].flatten(1).float(), data.train.flatten(1).float())
     nearest = data.train[distances.topk(7, largest=False).indices]
     draw_grid(images_folder / "nearest.png", torch.cat([fake[:10, None], nearest], 1).flatten(0, 1),
-              8, f"{title}\ngenerated, and nearest in training")
+              8, f"{title}: generated, and nearest in training")
     frames = [Image.open(path) for path in sorted(images_folder.glob("epoch_*.png"))]
     if frames:  # the user may have taken them away before --resume
         buffer = io.BytesIO()
@@ -470,15 +463,14 @@ def evaluate(args, data: Dataset, folder, images_folder, device, history) -> Non
 
 def draw_grid(path, images, columns: int, title: str):
     """Draw uint8 images (N, size, size, channels) as a wall, row by row."""
-    size, channels = images.shape[2:]
-    rows = math.ceil(len(images) / columns)
-    wall = torch.full((rows * columns, size + 2, size + 2, channels), 255, dtype=torch.uint8)
-    wall[:len(images), 1:-1, 1:-1] = images
-    wall = wall.view(rows, columns, size + 2, size + 2, channels).transpose(1, 2).reshape(
-        rows * (size + 2), columns * (size + 2), channels).expand(-1, -1, 3)
-    inch = max(0.5, size / 60)
-    figure, ((axis,),) = common.new_figure(1, 1, (columns * inch, rows * inch + 0.6), title)
-    axis.imshow(wall, interpolation="nearest")
+    images = F.pad(images, (0, 0, 1, 1, 1, 1, 0, -len(images) % columns), value=255)  # whole rows
+    wall = torch.cat([torch.cat(tuple(row), 1) for row in images.split(columns)]).expand(-1, -1, 3)
+    scale = max(2, 60 // images.shape[1]) / 120  # whole pixels at 120 to the inch: no blur
+    height, width = scale * wall.shape[0], scale * wall.shape[1]
+    figure, ((axis,),) = common.new_figure(1, 1, (width, height + 0.35), title)
+    figure.texts[0].set_fontsize(min(12, 120 * width / len(title)))  # so that a long one fits
+    axis.set_position((0, 0, 1, height / (height + 0.35)))
+    axis.imshow(wall.numpy(), interpolation="nearest")
     axis.axis("off")
     common.save_figure(path, figure)
 
@@ -517,7 +509,7 @@ def draw_samples(args, device) -> None:
         Image.fromarray(image.squeeze()).save(buffer, "PNG")
         common.write_file(folder / f"{i:05}.png", buffer.getvalue())
         print(folder / f"{i:05}.png")
-    draw_grid(Path(args.images, "samples.png"), images[:200], 20,
+    draw_grid(Path(args.images, "samples.png"), images[:200], min(20, args.sample),
               f"DCGAN on {checkpoint['data']}, seed {args.seed}")
 
 
@@ -526,20 +518,18 @@ def draw_samples(args, device) -> None:
 
 def build_parser():
     parser = common.option_parser(
-        "gan.py", __doc__,
-        "auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images",
+        "gan.py", __doc__, "auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images",
         data="auto", out="runs/gan", epochs=60, batch_size=64, lr=5e-4, weight_decay=0.0,
         clip=10.0, patience=30)
     group = parser.add_argument_group("options of the GAN")
-    whole, share = common.number(int, 1), common.number(float, 0, 0.9999)
+    whole, share, weight = (common.number(int, 1), common.number(float, 0, 0.9999),
+                            common.number(float, 0))
     for flag, kind, default, metavar, meaning in (
             ("--latent", whole, 100, "N", "length of the latent vector"),
             ("--width", whole, 64, "N", "channels at half the image's size, doubled at a quarter"),
             ("--beta1", share, 0.5, "SHARE", "Adam's decay of the mean gradient"),
-            ("--r1", common.number(float, 0), 0.2, "WEIGHT",
-             "weight of the gradient penalty on real images; 0: none"),
-            ("--average", share, 0.998, "SHARE",
-             "decay of the generator's averaged weights; 0: no average"),
+            ("--r1", weight, 0.2, "WEIGHT", "weight of real images' gradient penalty; 0: none"),
+            ("--average", share, 0.998, "SHARE", "decay of the averaged weights; 0: no average"),
             ("--synthetic-size", common.number(int, 500), 10000, "N",
              "typeset digits to train and validate on"),
             ("--images", str, "images", "DIR", "folder for generated images")):

@@ -2,7 +2,9 @@
 
 import copy
 import csv
+import hashlib
 import json
+import pickle
 import signal
 import subprocess
 import sys
@@ -70,6 +72,34 @@ def test_grey_images_are_trained_on_as_grey(tmp_path):
     Image.new("RGB", (18, 30)).save(str(tmp_path / "1.png"))
     Image.new("RGB", (17, 30)).save(str(tmp_path / "2.png"))
     assert gan.folder_format(str(tmp_path)) == (16, 3)
+
+
+def test_cifar10_as_torchvision_keeps_it(monkeypatch, tmp_path, capsys):
+    cifar10 = pytest.importorskip("torchvision").datasets.CIFAR10
+    folder = tmp_path / "data" / cifar10.base_folder
+    folder.mkdir(parents=True)
+    rows = np.random.RandomState(0).randint(0, 256, (180, 3 * 32 * 32)).astype(np.uint8)
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content, protocol=2))
+        return hashlib.md5((folder / name).read_bytes()).hexdigest()
+    lists = {"train_list": [[f"data_batch_{i + 1}", rows[30 * i:30 * i + 30]] for i in range(5)],
+             "test_list": [["test_batch", rows[150:]]]}
+    for attribute, batches in lists.items():
+        monkeypatch.setattr(cifar10, attribute, [
+            [name, write(name, {"data": part, "labels": [i % 10 for i in range(30)]})]
+            for name, part in batches])
+    names = {"label_names": list("abcdefghij")}
+    monkeypatch.setattr(cifar10, "meta", {"filename": "batches.meta", "key": "label_names",
+                                          "md5": write("batches.meta", names)})
+    monkeypatch.chdir(tmp_path)
+    options = [*TINY, "--data", "cifar10", "--epochs", 1]
+    monkeypatch.setattr(sys, "argv", ["gan.py", *map(str, options)])
+    gan.main()
+    assert ("cifar10: 130 images to train on, 20 to validate, 30 to test; 32 pixels square, "
+            "3 channels") in capsys.readouterr().out
+    data = gan.load_data(gan.build_parser().parse_args(["--data", "cifar10"]))
+    assert data.test[7].equal(torch.tensor(rows[157].reshape(3, 32, 32)).permute(1, 2, 0))
 
 
 # ---------------------------------------------------------------- Networks
@@ -171,6 +201,19 @@ def test_measures_order_noise_collapse_and_real_images():
     assert distances == sorted(distances) and distances[1] > 5 * distances[0]
     assert gan.density_coverage(real, other)[1] > 0.9
     assert gan.density_coverage(real, features(one))[1] < 0.05
+
+
+def test_a_wall_shows_each_pixel_as_a_square(tmp_path):
+    images = torch.randint(0, 256, (5, 28, 28, 1), dtype=torch.uint8)
+    gan.draw_grid(tmp_path / "wall.png", images, 3, "a title " * 6)
+    with Image.open(str(tmp_path / "wall.png")) as picture:
+        drawn = torch.tensor(np.asarray(picture)[..., 0])
+    wall = drawn[-120:].view(60, 2, 90, 2)  # below the title: two rows of three, twice as large
+    assert wall.eq(wall[:, :1, :, :1]).all()
+    cells = wall[:, 0, :, 0].reshape(2, 30, 3, 30).transpose(1, 2).reshape(6, 30, 30)
+    assert cells[:5, 1:-1, 1:-1].equal(images[..., 0]) and cells[5].eq(255).all()
+    title = drawn[:-120]
+    assert title.min() < 200 and title[:, :3].min() == 255 and title[:, -3:].min() == 255
 
 
 # ---------------------------------------------------------------- The command line
