@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Child processes are forked from a server that has imported what takes seconds to import, and has
-# computed nothing: neither CUDA nor autograd in PyTorch 1.7 works in the fork of a process that has.
+# Child processes are forked from a server that has imported what takes seconds to import and has
+# computed nothing: else CUDA would not work in a fork, nor the autograd of PyTorch 1.7.
 CHILDREN = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
 if hasattr(os, "fork"):
     CHILDREN.set_forkserver_preload(["pytest", "torch.distributed", "torchvision",

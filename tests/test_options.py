@@ -81,7 +81,8 @@ def cases(parser, chance, count):
         yield [action.option_strings[-1]]
         good = [word for word in ODD if fits(action, word)]
         bad = [word for word in ODD if word not in good and fits(action, word, True)]
-        for word in (*chance.sample(bad, min(len(bad), 8)), *chance.sample(good, min(len(good), 3))):
+        some = chance.sample(bad, min(len(bad), 8)) + chance.sample(good, min(len(good), 3))
+        for word in some:
             if action.nargs != 0:
                 words = [word] * (action.nargs if isinstance(action.nargs, int) else 1)
                 yield [action.option_strings[-1], *words]
