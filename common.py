@@ -287,8 +287,10 @@ def number(kind, low, high=10**9):
 
 def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse.ArgumentParser:
     """A parser with the options that mean the same in every script, and the script's defaults."""
-    parser = argparse.ArgumentParser(script, description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        script, f"python {script} [options]", doc, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=26, width=80))
     parser.error = lambda message: parser.exit(2, f"{script}: error: {one_line(message)}\n")
     group = parser.add_argument_group("options that every script has")
     for flag, kind, metavar, meaning in (

@@ -6,13 +6,10 @@ import copy
 import functools
 import importlib
 import io
-import json
 import os
 import random
 import signal
-import struct
 import sys
-import zlib
 
 import pytest
 import torch
