@@ -458,7 +458,8 @@ def evaluate(args, data: Dataset, folder, images_folder, device, history) -> Non
           "({density_floor:.2f}), coverage {coverage:.1%} ({coverage_floor:.1%})".format(
               data.name, count, **test))
     print(f"training took {seconds:.0f} s; generated images are in {args.images}, checkpoints and "
-          f"curves in {args.out}\ndraw more with: python gan.py --out {args.out} --sample 100")
+          f"curves in {args.out}\ndraw more with: python gan.py --out {args.out} --images "
+          f"{args.images} --sample 100")
 
 
 def draw_grid(path, images, columns: int, title: str):

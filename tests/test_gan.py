@@ -238,6 +238,7 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path):
     with Image.open(str(images / "progress.gif")) as animation:
         assert animation.n_frames == 6
     assert done.stderr == "" and "epoch   6/6" in done.stdout
+    assert done.stdout.endswith("python gan.py --out runs/gan --images images --sample 100\n")
 
     printed = run("gan.py", "--sample", 7).stdout.splitlines()
     assert printed == [f"images/samples/{i:05}.png" for i in range(7)]
