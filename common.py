@@ -71,7 +71,7 @@ def run_main(main) -> None:
         print(f"{Path(sys.argv[0]).name}: error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if WORLD == 1 or "by peer" not in str(error):
+        if WORLD == 1 or not ("by peer" in str(error) or "connect" in str(error)):
             raise
         print(f"process {RANK}: another process of this run is gone", file=sys.stderr)
         sys.exit(1)
