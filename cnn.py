@@ -343,7 +343,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torc
                          options=vars(args), test=test, seconds=seconds)
     title = f"CNN on {data.name}"
     common.plot_history(folder / "curves.png", history, title, {
-        "loss": {"training": "train_loss", "validation": "validation_loss"},
+        "loss": {"training, smoothed": "train_loss", "validation": "validation_loss"},
         "accuracy": {"training": "train_accuracy", "validation": "validation_accuracy"},
         "learning rate": {"learning rate": "learning_rate"}})
     draw_confusion(folder / "confusion.png", confusion, data.classes,
