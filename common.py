@@ -49,11 +49,27 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program stands, so that `with` and `finally` still run."""
 
 
+LOST = []  # Python drops what is raised in a callback of its garbage collector, Ctrl-C as well
+
+
+def raise_lost_signal() -> None:
+    """Raise again what run_main() has seen dropped; from Python 3.8 on."""
+    if LOST:
+        raise LOST[0]
+
+
 def run_main(main: Callable) -> None:
     """Run `main()`; a UserError is one line and exit status 2, Ctrl-C is 130, SIGTERM 143."""
     def terminate(signal_number, frame):
         raise Terminated
+
+    def keep(dropped):
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(dropped)
+        elif not LOST:
+            LOST.append(dropped.exc_type)
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = keep
     # What PyTorch warns of differs from version to version, and is in order here.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
     if RANK:
@@ -359,6 +375,7 @@ def write_file(path: Path, content: bytes) -> None:
 
     Of several processes the first alone writes.
     """
+    raise_lost_signal()
     if RANK:
         return
     temporary = path.with_name(f".{path.name}.tmp")
@@ -545,9 +562,16 @@ def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
     save_figure(path, figure)
 
 
-def progress(iterable: Iterable, description: str) -> tqdm:
+class ProgressBar(tqdm):
+    def __iter__(self):
+        for item in super().__iter__():
+            raise_lost_signal()
+            yield item
+
+
+def progress(iterable: Iterable, description: str) -> ProgressBar:
     """A progress bar of 80 columns that stays silent in a log file."""
-    return tqdm(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
+    return ProgressBar(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
 
 
 def new_figure(rows: int, columns: int, inches: tuple, title: str) -> tuple:
