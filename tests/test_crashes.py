@@ -62,14 +62,16 @@ def epochs(output) -> list:
 
 
 def wait_for(moment, process, folder, seconds) -> None:
-    """Until a random time within `seconds`, a file is being written, or the drawing begins."""
-    end = time.perf_counter() + seconds * (random.random() if moment == "any time" else 3)
-    while process.process.is_alive() and time.perf_counter() < end:
-        if moment == "writing" and any(folder.rglob(".*.tmp")):
-            break
-        if moment == "drawing" and re.search(r"^test on|^task", process.output(), re.M):
-            time.sleep(random.random() * 0.5)
-            break
+    """Until some time within half of `seconds`, a file is being written, or after a new picture."""
+    begun, pattern = time.time(), {"writing": ".*.tmp", "drawing": "*.png"}.get(moment)
+    end = begun + seconds * (2 if pattern else random.random() / 2)
+    while process.process.is_alive() and time.time() < end:
+        try:
+            if pattern and any(path.stat().st_mtime > begun for path in folder.rglob(pattern)):
+                time.sleep(random.random() / 3 if moment == "drawing" else 0)
+                break
+        except FileNotFoundError:  # it has its name by now
+            pass
         time.sleep(0.0005)
 
 
