@@ -240,7 +240,7 @@ def measure_padding(args):
 
 
 def measure_loop(watch, loader, epoch, validate=lambda: None):
-    """Two epochs; then steps on a batch that is there, because the workers slow the others."""
+    """Two epochs; then as many steps on a batch that is there: the workers slow the others."""
     for _ in range(2):
         epoch(loader)
         validate()
@@ -249,10 +249,11 @@ def measure_loop(watch, loader, epoch, validate=lambda: None):
     size = min(loader.batch_size, len(loader.dataset))
     batch = loader.collate_fn([loader.dataset[i] for i in range(size)])
     watch.restart()
-    for steps in 5, 40:
+    for steps in 3, len(loader):
         epoch([batch] * steps)
         watch.lap()
-    results["step, images a second"] = watch.results(40 * size, "images")["step, images a second"]
+    alone = watch.results(len(loader) * size, "images")
+    results["step, images a second"] = alone["step, images a second"]
     return results
 
 
@@ -440,7 +441,8 @@ GOAL, USUAL_CAP, SCHEDULES = 0.8, 40, (6, 8, 10)  # accuracy; epochs at most; ou
 def accuracy_data(args):
     parts, classes = common.load_image_folder(args.data, cnn.SIZE, 3)
     every = max(1, len(parts["train"][1]) // args.examples)  # but for a trial, all
-    train, test = (cnn.Part(*(x[::every] for x in parts[part])) for part in ("train", "test"))
+    train, test = (cnn.Part(*(x[::every].clone() for x in parts[part]))
+                   for part in ("train", "test"))
     return cnn.Dataset("cifar10", classes, train, test, test)
 
 
