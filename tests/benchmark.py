@@ -20,6 +20,7 @@ The tests assert no time; this does not either. It prints what it measured.
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -103,7 +104,7 @@ class Stopwatch:
             if self.inside or not torch.is_grad_enabled():
                 return function(*arguments, **options)
             self.inside, start = True, time.perf_counter()
-            with self.operations or common.contextlib.nullcontext():
+            with self.operations or contextlib.nullcontext():
                 result = function(*arguments, **options)
             self.inside = False
             self.step += time.perf_counter() - start
@@ -568,9 +569,9 @@ def main():
                 (COMPILED if args.compile else PROGRAMS[args.script]).items()
                 if flop_registry or name not in LIMITS}
     if args.measure:
-        sys.stdout = sys.stderr  # what the scripts print is not the result
-        result = programs[args.measure](args)
-        sys.__stdout__.write(json.dumps(result))
+        with contextlib.redirect_stdout(sys.stderr):  # what the scripts print is not the result
+            result = programs[args.measure](args)
+        print(json.dumps(result))
         return
     turns = args.turns or (1 if args.script == "cnn-accuracy" else 3)
     runs = {name: [] for name in programs}

@@ -2,9 +2,7 @@
 
 import argparse
 import json
-import multiprocessing
 import sys
-from concurrent.futures import ProcessPoolExecutor
 
 import benchmark
 import pytest
@@ -14,24 +12,20 @@ from PIL import Image
 MODERN = benchmark.flop_registry is not None  # PyTorch 2.1
 
 
-def call(script, program, options):
-    for name, row in benchmark.SCRIPTS.items():
-        benchmark.SCRIPTS[name] = row._replace(counted=100)  # of operations: that is enough here
-    args = argparse.Namespace(**{"script": script, "compile": False, "turn": 0, **options})
-    return benchmark.PROGRAMS[script][program](args)
-
-
-def measure(script, program, **options):
-    """What a program returns, from a fork: it stands in for methods of PyTorch."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
-        return pool.submit(call, script, program, options).result()
+@pytest.fixture
+def measure(run):
+    """What a program returns, in a process of its own, for it stands in for methods of PyTorch."""
+    def start(script, program, examples=100):
+        done = run("tests/benchmark.py", script, "--measure", program, "--examples", examples)
+        return json.loads(done.stdout)
+    return start
 
 
 @pytest.mark.parametrize("script, examples, unit, cells", [
     ("cnn", 128, "images", [""]), ("gan", 64, "images", [""]),
     ("rnn", 100, "strings", ["lstm: ", "gru: "]), ("transformer", 100, "target tokens", [""])])
-def test_our_loop_is_measured_as_a_whole_and_in_its_steps(script, examples, unit, cells):
-    found = measure(script, "ours", examples=examples)
+def test_our_loop_is_measured_as_a_whole_and_in_its_steps(measure, script, examples, unit, cells):
+    found = measure(script, "ours", examples)
     for cell in cells:
         step, epoch = (found[f"{cell}{part}, {unit} a second"] for part in ("step", "whole epoch"))
         assert step > epoch > 0
@@ -45,9 +39,9 @@ def test_our_loop_is_measured_as_a_whole_and_in_its_steps(script, examples, unit
     ("rnn", "bare, random lengths", "strings"), ("rnn", "bare, our batches", "strings"),
     pytest.param("transformer", "usual", "target tokens", marks=pytest.mark.skipif(
         not MODERN, reason="torch.nn.Transformer has no norm_first"))])
-def test_the_usual_way_has_the_same_quantities(script, program, unit):
+def test_the_usual_way_has_the_same_quantities(measure, script, program, unit):
     cell = "gru: " if script == "rnn" else ""
-    found = measure(script, program, examples=100)
+    found = measure(script, program)
     assert found[f"{cell}step, {unit} a second"] > 0
     assert found[f"{cell}whole epoch, {unit} a second"] > 0
 
@@ -61,7 +55,7 @@ def test_operations_are_counted_forward_and_backward():
     assert counter.total == 2 * 2 * 3 * 4 * 5  # of x no gradient is asked for
 
 
-def test_little_of_the_rnn_s_steps_is_padding():
+def test_little_of_the_rnn_s_steps_is_padding(measure):
     assert 0 < measure("rnn", "our batches")["share of padding"] < 0.1
 
 
@@ -110,7 +104,10 @@ def test_accuracy_stops_at_the_goal(tmp_path, monkeypatch):
         Image.new("RGB", (32, 32), (10 * i, 0, 255 * (i // 2 % 2))).save(str(file))
     monkeypatch.setattr(benchmark, "GOAL", 0.01)
     monkeypatch.setattr(benchmark, "SCHEDULES", (1, 2))
-    for program in "ours", "usual":
-        found = measure("cnn-accuracy", program, data=str(tmp_path), examples=50000)
+    monkeypatch.setattr(benchmark.common, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(benchmark.cnn, "predict_logits", benchmark.cnn.predict_logits)
+    args = argparse.Namespace(data=str(tmp_path), examples=50000, turn=0)
+    for program in benchmark.PROGRAMS["cnn-accuracy"].values():
+        found = program(args)
         assert found["epochs"] == 1 and found["test accuracy"] >= 0.01
         assert found["seconds of training"] > 0
