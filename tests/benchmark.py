@@ -560,14 +560,14 @@ def main():
     args = parser.parse_args()
     if args.script == "cnn-accuracy" and not args.data:
         parser.error("cnn-accuracy needs --data FOLDER, with train/CLASS/ and test/CLASS/")
-    if args.script == "transformer" and (
-            "label_smoothing" not in F.cross_entropy.__code__.co_varnames):
-        parser.error("transformer needs PyTorch 1.10, for the usual way")
     args.data = args.data and os.path.abspath(args.data)
     args.examples = args.examples or EXAMPLES[args.script]
-    programs = {name: program for name, program in
-                (COMPILED if args.compile else PROGRAMS[args.script]).items()
-                if flop_registry or name not in LIMITS}
+    programs = dict(COMPILED if args.compile else PROGRAMS[args.script])
+    for name in LIMITS if flop_registry is None else ():
+        programs.pop(name, None)
+    if args.script == "transformer" and (
+            "label_smoothing" not in F.cross_entropy.__code__.co_varnames):
+        programs.pop("usual", None)  # its torch.nn.Transformer and loss are of PyTorch 1.10
     if args.measure:
         with contextlib.redirect_stdout(sys.stderr):  # what the scripts print is not the result
             result = programs[args.measure](args)
