@@ -275,9 +275,9 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.d
             "validation_accuracy": accuracy(logits, data.validation.labels),
             "seconds": time.perf_counter() - start})
         row = history[-1]
-        print(f"epoch {epoch:3}/{args.epochs}   train loss {row['train_loss']:.3f}, accuracy "
-              f"{row['train_accuracy']:.2%}   validation loss {row['validation_loss']:.3f}, "
-              f"accuracy {row['validation_accuracy']:.2%}   {row['seconds']:.1f} s", flush=True)
+        print(f"epoch {epoch:3}/{args.epochs}   train loss {row['train_loss']:.3f}, "
+              f"{row['train_accuracy']:.1%} right   validation {row['validation_loss']:.3f}, "
+              f"{row['validation_accuracy']:.1%}   {common.pace(history, args.epochs)}", flush=True)
         best = common.epochs_since_best(history, "validation_accuracy") == 0 and {
             "script": "cnn.py", "model": model.state_dict(), "model_options": options,
             "data": data.name, "classes": data.classes, "mirror": not args.no_flip, "metrics": row}

@@ -548,6 +548,14 @@ def epochs_since_best(history: list, metric: str, best: Callable = max) -> int:
     return len(values) - 1 - values.index(best(values))
 
 
+def pace(history: list, epochs: int) -> str:
+    """How long the last epoch took, and the rest will: "9.6 s, 4 min left"."""
+    seconds = history[-1]["seconds"]
+    left = seconds * (epochs - history[-1]["epoch"])
+    rest = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+    return f"{seconds:.1f} s, {rest} left"
+
+
 def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
     """Draw {y axis: {label: column}} as panels side by side, over the epochs."""
     figure, axes = new_figure(1, len(panels), (4.4 * len(panels), 3.5), title)
