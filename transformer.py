@@ -199,15 +199,15 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(sublayers))
         self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
 
-    def residual(self, i: int, x: Tensor, sublayer: Callable) -> Tensor:
+    def residual(self, norm: nn.Module, x: Tensor, sublayer: Callable) -> Tensor:
         if self.pre_norm:  # a path from end to end that no norm interrupts: Xiong et al., 2020
-            return x + self.dropout(sublayer(self.norms[i](x)))
-        return self.norms[i](x + self.dropout(sublayer(x)))  # the paper: Vaswani et al., 2017
+            return x + self.dropout(sublayer(norm(x)))
+        return norm(x + self.dropout(sublayer(x)))  # the paper: Vaswani et al., 2017
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        attention = self.self_attention
-        x = self.residual(0, x, lambda y: attention.attend(*attention.project(y, 0, 2), mask))
-        return self.residual(1, x, self.feed_forward)
+        attend, project = self.self_attention.attend, self.self_attention.project
+        x = self.residual(self.norms[0], x, lambda y: attend(*project(y, 0, 2), mask))
+        return self.residual(self.norms[1], x, self.feed_forward)
 
 
 class DecoderLayer(EncoderLayer):
@@ -235,9 +235,9 @@ class DecoderLayer(EncoderLayer):
             y = y.reshape(cache["source"].shape[1], -1, y.shape[-1])
             query = self.cross_attention.project(y, 0, 0)
             return self.cross_attention.attend(*query, *cache["source"], mask).view(x.shape)
-        x = self.residual(0, x, look_back)
-        x = self.residual(1, x, look_at_source)
-        return self.residual(2, x, self.feed_forward)
+        x = self.residual(self.norms[0], x, look_back)
+        x = self.residual(self.norms[1], x, look_at_source)
+        return self.residual(self.norms[2], x, self.feed_forward)
 
 
 class Transformer(nn.Module):
@@ -362,8 +362,9 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.d
                         "train_loss": loss, "train_token_accuracy": share,
                         **{f"validation_{name}": validation[name] for name in METRICS},
                         "seconds": time.perf_counter() - start})
-        print(f"epoch {epoch:3}/{args.epochs}   train loss {loss:.3f}, tokens {share:.2%}   "
-              f"validation {describe(validation)}   {history[-1]['seconds']:.1f} s", flush=True)
+        print(f"epoch {epoch:3}/{args.epochs}   train loss {loss:.3f}, tokens {share:.2%}",
+              f"validation {describe(validation)}", common.pace(history, args.epochs), sep="   ",
+              flush=True)
         best = common.epochs_since_best(history, BEST) == 0 and {
             "script": "transformer.py", "model": model.state_dict(), "model_options": options,
             "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],

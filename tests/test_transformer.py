@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -489,3 +490,10 @@ def test_a_small_model_learns_to_copy(tmp_path):
         optimizer.step()
     found = transformer.beam_search(model.eval(), source)
     assert sum(row[2] == tokens[:3] for row, tokens in zip(found, source.tolist())) >= 60
+
+
+def test_the_code_in_the_document_is_the_script_s():
+    code = {line.strip() for line in (ROOT / "transformer.py").read_text().splitlines()}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "transformer.md").read_text(), re.S)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    assert len(blocks) >= 5 and [line for line in lines if line not in code] == []
