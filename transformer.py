@@ -357,7 +357,7 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.d
             if step % 10 == 9:
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
         loss, share = (common.mean_of_processes(totals) / terms.sum()).tolist()
-        validation, _ = measure(model, data.vocabulary, data.validation, device)
+        validation, _ = measure(model, data.vocabulary, data.validation)
         history.append({"epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
                         "train_loss": loss, "train_token_accuracy": share,
                         **{f"validation_{name}": validation[name] for name in METRICS},
@@ -438,14 +438,13 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
     return row[-1]
 
 
-def write_targets(model: Transformer, vocabulary: Vocabulary, sources: Iterable,
-                  device: torch.device, beam: int = 1) -> dict:
+def write_targets(model: Transformer, vocabulary: Vocabulary, sources, beam: int = 1) -> dict:
     """Free running: {source: (score, log-probability, target tokens)}, by beam_search()."""
     model.eval()
     sources, found = list(sources), {}
     pairs = [vocabulary.encode(source) for source in sources]
     for indices in common.progress(common.mine(batches(pairs, 8192)), "decoding"):
-        source, _, mask = collate([pairs[i] for i in indices], device)
+        source, _, mask = collate([pairs[i] for i in indices], model.positions.device)
         for i, (*numbers, row) in zip(indices, beam_search(model, source, mask, beam)):
             found[sources[i]] = *numbers, tuple(vocabulary.tokens[token] for token in row)
     for part in common.gather([found]):
@@ -469,8 +468,7 @@ def compare(found: dict, answers: dict) -> dict:
 
 
 @torch.no_grad()
-def measure(model: Transformer, vocabulary: Vocabulary, answers: dict,
-            device: torch.device) -> tuple[dict, dict]:
+def measure(model: Transformer, vocabulary: Vocabulary, answers: dict) -> tuple[dict, dict]:
     """Metrics on {source: [right target, ...]}, and what write_targets() writes to the sources:
     loss and token_accuracy under teacher forcing with the first answer, and those of compare().
     """
@@ -478,12 +476,12 @@ def measure(model: Transformer, vocabulary: Vocabulary, answers: dict,
     pairs = [vocabulary.encode(source, targets[0]) for source, targets in answers.items()]
     totals = []  # of each batch: loss, tokens, right tokens
     for indices in common.mine(batches(pairs, 8192)):
-        source, target, mask = collate([pairs[i] for i in indices], device)
+        source, target, mask = collate([pairs[i] for i in indices], model.positions.device)
         loss, count, right = cross_entropy(model(source, target[:, :-1], mask), target[:, 1:])
         totals.append(torch.stack([loss * count, count, right]).cpu())
     totals = sum(common.gather(totals))
     loss, _, token_accuracy = (totals / totals[1]).tolist()
-    found = write_targets(model, vocabulary, answers, device)
+    found = write_targets(model, vocabulary, answers)
     return {"loss": loss, "token_accuracy": token_accuracy, **compare(found, answers)}, found
 
 
@@ -495,8 +493,8 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torc
              history: list) -> None:
     """Measure the best Transformer on the test part; draw the pictures; write summary.json."""
     model, vocabulary, checkpoint = load_model(folder / "best.pt", device)
-    test, greedy = measure(model, vocabulary, data.test, device)
-    wider = write_targets(model, vocabulary, data.test, device, args.beam)
+    test, greedy = measure(model, vocabulary, data.test)
+    wider = write_targets(model, vocabulary, data.test, args.beam)
     gains = [wider[s][0] - greedy[s][0] for s in greedy if wider[s][-1] != greedy[s][-1]]
     beam = {"width": args.beam, **compare(wider, data.test),
             "better": sum(gain > 0 for gain in gains), "worse": sum(gain < 0 for gain in gains)}
@@ -505,7 +503,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torc
           f"beam {args.beam}: {describe(beam)}; its score is better than greedy for "
           f"{beam['better']} of {len(greedy)} sources, worse for {beam['worse']}")
     if data.longer:
-        test["longer"], _ = measure(model, vocabulary, data.longer, device)
+        test["longer"], _ = measure(model, vocabulary, data.longer)
         print(f"sources longer than any in training: {describe(test['longer'])}")
     rows = [(greedy[source][-1] in targets, source, greedy[source][-1])
             for source, targets in data.test.items()]
@@ -592,7 +590,7 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     unseen = {token for source in sources for token in source} - set(vocabulary.numbers)
     if unseen:
         common.warn("never seen in training, read as <unk>: " + " ".join(sorted(unseen)[:20]))
-    found = write_targets(model, vocabulary, sources, device, args.beam)
+    found = write_targets(model, vocabulary, sources, args.beam)
     for source in sources:
         _, log_probability, target = found[source]
         print(JOIN[kind](source), JOIN[answer_kind](target), f"{math.exp(log_probability):.4f}",
