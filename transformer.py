@@ -163,6 +163,8 @@ class MultiHeadAttention(nn.Module):
 
     def __init__(self, d_model: int, heads: int):
         super().__init__()
+        if d_model % heads:
+            raise ValueError(f"d_model {d_model} is no multiple of heads {heads}")
         self.in_proj = nn.Linear(d_model, 3 * d_model)  # W_Q, W_K and W_V, one below the other
         self.out_proj = nn.Linear(d_model, d_model)  # W_O
         self.heads, self.keep_weights = heads, False  # True: for a picture, by the plain path
@@ -368,7 +370,7 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.d
         best = common.epochs_since_best(history, BEST) == 0 and {
             "script": "transformer.py", "model": model.state_dict(), "model_options": options,
             "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],
-            "data": data.name, "metrics": history[-1]}
+            "metrics": history[-1]}
         common.save_epoch(folder, history, best, {
             "script": "transformer.py", "options": vars(args), "data": checksum,
             "history": history, **{name: part.state_dict() for name, part in state.items()}})
