@@ -7,6 +7,9 @@
 Pictures, checkpoints and figures go to runs/transformer (--out). transformer.md explains it all.
 """
 
+from __future__ import annotations
+
+import argparse
 import math
 import random
 import string
@@ -14,10 +17,11 @@ import sys
 import time
 from collections import defaultdict, namedtuple
 from pathlib import Path
+from typing import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import common
 
@@ -25,7 +29,8 @@ PAD, BOS, EOS, UNK = range(4)  # padding, begin and end of a sequence, a token n
 # A text's tokens, where any run of white space is one blank, and what joins them again.
 SPLIT = {"chars": lambda text: tuple(" ".join(text.split())), "words": lambda t: tuple(t.split())}
 JOIN = {"chars": "".join, "words": " ".join}
-METRICS = "loss", "token_accuracy", "exact_match", "error_rate"
+METRICS = {"loss": "loss {:.3f}", "token_accuracy": "tokens {:.2%}",
+           "exact_match": "exact match {:.2%}", "error_rate": "error rate {:.2%}"}
 BEST = "validation_token_accuracy"  # picks the best epoch: finer than exact match, and never stuck
 SIZES = "d_model", "heads", "layers", "d_ff", "dropout"
 
@@ -53,7 +58,7 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> di
     return pairs
 
 
-def read_pairs(path: str, kinds, max_length: int) -> dict:
+def read_pairs(path: str, kinds: Sequence[str], max_length: int) -> dict:
     """Read {source tokens: [target tokens, ...]}, with the targets of all lines of a source."""
     pairs = defaultdict(list)
     for line, cells in common.read_table(path, ("source", "target")):
@@ -71,34 +76,35 @@ def read_pairs(path: str, kinds, max_length: int) -> dict:
 class Vocabulary:
     """The tokens of the training part and their numbers, the same for sources and targets."""
 
-    def __init__(self, tokens):
+    def __init__(self, tokens: Iterable[str]):
         self.tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(tokens)]
         self.numbers = {token: i for i, token in enumerate(self.tokens) if i > UNK}
 
-    def encode(self, source, target=()):
+    def encode(self, source: Sequence[str], target: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """int64 tensors: the source's `tokens <eos>` and the target's `<bos> tokens <eos>`."""
-        return [torch.tensor([*first, *(self.numbers.get(token, UNK) for token in row), EOS])
-                for first, row in (((), source), ((BOS,), target))]
+        source, target = ([self.numbers.get(token, UNK) for token in row] + [EOS]
+                          for row in (source, target))
+        return torch.tensor(source), torch.tensor([BOS] + target)
 
 
 # Each part: {source tokens: [right target tokens, ...]}. `longer`: sources beyond those trained on.
 Dataset = namedtuple("Dataset", "name vocabulary train validation test longer")
 
 
-def load_data(args) -> Dataset:
+def load_data(args: argparse.Namespace) -> Dataset:
     """Make or read what `--data` names, and split it: no source is in two parts."""
-    name, longer = args.data, {}
     if args.data == "synthetic":
         name, (_, low, high, beyond) = f"synthetic {args.task}", TASKS[args.task]
         pairs = synthetic_pairs(args.task, args.synthetic_size, low, high, args.seed)
         longer = synthetic_pairs(args.task, args.synthetic_size // 50, high + 1, beyond, args.seed)
     else:
-        pairs = read_pairs(args.data, (args.source_tokens, args.target_tokens), args.max_length)
+        name, kinds, longer = args.data, (args.source_tokens, args.target_tokens), {}
+        pairs = read_pairs(args.data, kinds, args.max_length)
     sources = sorted(pairs)
     random.Random(args.seed).shuffle(sources)
     held = min(2000, len(sources) // 10)  # in each of validation and test
-    train, validation, test = ({source: pairs[source] for source in part} for part in (
-        sources[2 * held:], sources[:held], sources[held:2 * held]))
+    validation, test, train = ({source: pairs[source] for source in part} for part in (
+        sources[:held], sources[held:2 * held], sources[2 * held:]))
     tokens = {token for source in train for row in (source, *train[source]) for token in row}
     return Dataset(name, Vocabulary(tokens), train, validation, test, longer)
 
@@ -107,19 +113,19 @@ def batches(pairs: list, budget: float, shuffle: bool = False) -> list:
     """Indices into `pairs`: pairs of like length together, at most `budget` tokens a batch with
     the padding. With `shuffle`, chance orders the batches, and pairs of the same lengths.
     """
-    order = [(*map(len, pair), random.random() if shuffle else 0, i)
-             for i, pair in enumerate(pairs)]
-    result, widest = [[]], (0, 0)
-    for *lengths, _, i in sorted(order):
-        widest = tuple(map(max, widest, lengths))
-        if result[-1] and (len(result[-1]) + 1) * sum(widest) > budget:
+    order = [(len(source), len(target), random.random() if shuffle else 0, i)
+             for i, (source, target) in enumerate(pairs)]
+    result, longest = [[]], 0
+    for source, target, _, i in sorted(order):  # the last source is always the longest
+        longest = max(longest, target)
+        if result[-1] and (len(result[-1]) + 1) * (source + longest) > budget:
             result.append([])
-            widest = lengths
+            longest = target
         result[-1].append(i)
     return random.sample(result, len(result)) if shuffle else result
 
 
-def collate(pairs, device):
+def collate(pairs: list, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
     """source (N, S) and target (N, T), padded; mask: bool (N, 1, 1, S), True where the source has
     a token, or None where all of it does, which spares attention the work."""
     source, target = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
@@ -131,7 +137,8 @@ def collate(pairs, device):
 # ---------------------------------------------------------------- Model
 
 
-def scaled_dot_product_attention(query, key, value, mask=None):
+def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
+                                 mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T / sqrt(d_k)) V, (..., T, d_k), and the weights of the softmax, (..., T, S).
 
     query: (..., T, d_k); key, value: (..., S, d_k); mask: bool, broadcast to (..., T, S), True
@@ -144,7 +151,7 @@ def scaled_dot_product_attention(query, key, value, mask=None):
     return weights @ value, weights
 
 
-def sinusoidal_positions(length: int, d_model: int):
+def sinusoidal_positions(length: int, d_model: int) -> Tensor:
     """(length, d_model): sines and cosines in turns, of wavelengths from 2 pi to 10000 * 2 pi."""
     frequencies = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000) / d_model))
     angles = torch.arange(length)[:, None] * frequencies  # (length, d_model / 2)
@@ -154,13 +161,15 @@ def sinusoidal_positions(length: int, d_model: int):
 class MultiHeadAttention(nn.Module):
     """Attention of several heads side by side, each in d_k = d_model / heads dimensions."""
 
-    def __init__(self, d_model, heads):
+    def __init__(self, d_model: int, heads: int):
         super().__init__()
+        if d_model % heads:
+            raise ValueError(f"d_model {d_model} is no multiple of heads {heads}")
         self.in_proj = nn.Linear(d_model, 3 * d_model)  # W_Q, W_K and W_V, one below the other
         self.out_proj = nn.Linear(d_model, d_model)  # W_O
         self.heads, self.keep_weights = heads, False  # True: for a picture, by the plain path
 
-    def project(self, x, first, last):
+    def project(self, x: Tensor, first: int, last: int) -> Tensor:
         """Of query (0), key (1) and value (2) the first to last, in one matrix product:
         (N, L, d_model) -> (last - first + 1, N, heads, L, d_k).
         """
@@ -168,7 +177,8 @@ class MultiHeadAttention(nn.Module):
         x = F.linear(x, self.in_proj.weight[rows], self.in_proj.bias[rows])
         return x.view(*x.shape[:2], last - first + 1, self.heads, -1).permute(2, 0, 3, 1, 4)
 
-    def attend(self, query, key, value, mask=None, causal=False):
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
+               causal: bool = False) -> Tensor:
         """query: (N, heads, T, d_k); key, value: (N, heads, S, d_k) -> (N, T, d_model)."""
         if common.FUSED_ATTENTION and not self.keep_weights:
             x = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
@@ -182,7 +192,8 @@ class MultiHeadAttention(nn.Module):
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward: (N, S, d_model) -> (N, S, d_model)."""
 
-    def __init__(self, d_model, heads, d_ff, dropout, pre_norm, sublayers=2):
+    def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float, pre_norm: bool,
+                 sublayers: int = 2):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, heads)
         self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(inplace=True),
@@ -190,25 +201,26 @@ class EncoderLayer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(sublayers))
         self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
 
-    def residual(self, i, x, sublayer):
+    def residual(self, norm: nn.Module, x: Tensor, sublayer: Callable) -> Tensor:
         if self.pre_norm:  # a path from end to end that no norm interrupts: Xiong et al., 2020
-            return x + self.dropout(sublayer(self.norms[i](x)))
-        return self.norms[i](x + self.dropout(sublayer(x)))  # the paper: Vaswani et al., 2017
+            return x + self.dropout(sublayer(norm(x)))
+        return norm(x + self.dropout(sublayer(x)))  # the paper: Vaswani et al., 2017
 
-    def forward(self, x, mask=None):
-        attention = self.self_attention
-        x = self.residual(0, x, lambda y: attention.attend(*attention.project(y, 0, 2), mask))
-        return self.residual(1, x, self.feed_forward)
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        attend, project = self.self_attention.attend, self.self_attention.project
+        x = self.residual(self.norms[0], x, lambda y: attend(*project(y, 0, 2), mask))
+        return self.residual(self.norms[1], x, self.feed_forward)
 
 
 class DecoderLayer(EncoderLayer):
     """Causal self-attention, cross-attention, feed-forward: (N, T, d_model) -> (N, T, d_model)."""
 
-    def __init__(self, d_model, heads, *sizes):
+    def __init__(self, d_model: int, heads: int, *sizes):
         super().__init__(d_model, heads, *sizes, sublayers=3)
         self.cross_attention = MultiHeadAttention(d_model, heads)
 
-    def forward(self, x, cache, mask=None, position=None):
+    def forward(self, x: Tensor, cache: dict, mask: Tensor | None = None,
+                position: int | None = None) -> Tensor:
         """cache: "source" and "target", keys and values (2, N, heads, length, d_k). At a
         `position`, x is what is there alone, (N * K, 1, d_model), for K hypotheses of a source.
         """
@@ -225,9 +237,9 @@ class DecoderLayer(EncoderLayer):
             y = y.reshape(cache["source"].shape[1], -1, y.shape[-1])
             query = self.cross_attention.project(y, 0, 0)
             return self.cross_attention.attend(*query, *cache["source"], mask).view(x.shape)
-        x = self.residual(0, x, look_back)
-        x = self.residual(1, x, look_at_source)
-        return self.residual(2, x, self.feed_forward)
+        x = self.residual(self.norms[0], x, look_back)
+        x = self.residual(self.norms[1], x, look_at_source)
+        return self.residual(self.norms[2], x, self.feed_forward)
 
 
 class Transformer(nn.Module):
@@ -237,8 +249,8 @@ class Transformer(nn.Module):
     for the token after target[:, t].
     """
 
-    def __init__(self, vocabulary, max_length=100, d_model=64, heads=4, layers=2, d_ff=256,
-                 dropout=0.0, pre_norm=True):
+    def __init__(self, vocabulary: int, max_length: int = 100, d_model: int = 64, heads: int = 4,
+                 layers: int = 2, d_ff: int = 256, dropout: float = 0.0, pre_norm: bool = True):
         super().__init__()
         sizes = d_model, heads, d_ff, dropout, pre_norm
         self.embedding, self.dropout = nn.Embedding(vocabulary, d_model), nn.Dropout(dropout)
@@ -254,11 +266,11 @@ class Transformer(nn.Module):
                 nn.init.xavier_uniform_(parameter)  # Glorot and Bengio, 2010
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # logits begin near 1 in size
 
-    def embed(self, tokens, start: int = 0):
+    def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
         return self.dropout(x + self.positions[start:start + tokens.shape[1]])
 
-    def encode(self, source, mask=None) -> list:
+    def encode(self, source: Tensor, mask: Tensor | None = None) -> list:
         """source: (N, S); mask: (N, 1, 1, S) or None -> the cache of each decoder layer."""
         x = self.embed(source)
         for layer in self.encoder:
@@ -267,21 +279,22 @@ class Transformer(nn.Module):
         key_values = [layer.cross_attention.project(x, 1, 2) for layer in self.decoder]
         return [{"source": pair, "target": pair[:, :, :, :0]} for pair in key_values]
 
-    def decode(self, target, caches: list, mask=None, position=None):
+    def decode(self, target: Tensor, caches: list, mask: Tensor | None = None,
+               position: int | None = None) -> Tensor:
         """target: (N, T), or its token at one `position` alone, (N * K, 1) -> logits."""
         x = self.embed(target, position or 0)
         for layer, cache in zip(self.decoder, caches):
             x = layer(x, cache, mask, position)
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
-    def forward(self, source, target, mask=None):
+    def forward(self, source: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
         return self.decode(target, self.encode(source, mask), mask)
 
 
 # ---------------------------------------------------------------- Training
 
 
-def cross_entropy(logits, tokens, smoothing: float = 0.0):
+def cross_entropy(logits: Tensor, tokens: Tensor, smoothing: float = 0.0) -> tuple:
     """Mean cross-entropy against targets of 1 - smoothing for the token, the rest for all alike;
     how many tokens count, which <pad> does not; how many are the most probable.
 
@@ -294,7 +307,7 @@ def cross_entropy(logits, tokens, smoothing: float = 0.0):
     return loss, kept.sum(), ((log_probabilities.argmax(1) == tokens) & kept).sum()
 
 
-def train(args, data: Dataset, folder, device) -> list:
+def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a Transformer; keep its last epoch and the one best on validation in `folder`."""
     common.seed_everything(args.seed)
     pairs = [data.vocabulary.encode(source, target)
@@ -329,7 +342,6 @@ def train(args, data: Dataset, folder, device) -> list:
         totals = torch.zeros(2, device=device)  # loss, right tokens
         bar = common.progress(common.shares(batches(pairs, budget, shuffle=True), terms),
                               f"epoch {epoch}/{args.epochs}")
-        seen = 0
         for step, (indices, weight, count) in enumerate(bar):
             source, target, mask = collate([pairs[i] for i in indices], device)
             with common.autocast(device, dtype):
@@ -344,21 +356,21 @@ def train(args, data: Dataset, folder, device) -> list:
             scaler.update()
             schedule.step()
             totals += weight * count * torch.stack([loss.detach(), right / tokens])
-            seen += count
             if step % 10 == 9:
-                bar.set_postfix_str(f"loss {totals[0] / seen:.3f}", refresh=False)
-        loss, share = (common.mean_of_processes(totals) / seen).tolist()
-        validation, _ = measure(model, data.vocabulary, data.validation, device)
+                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+        loss, share = (common.mean_of_processes(totals) / terms.sum()).tolist()
+        validation, _ = measure(model, data.vocabulary, data.validation)
         history.append({"epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
                         "train_loss": loss, "train_token_accuracy": share,
                         **{f"validation_{name}": validation[name] for name in METRICS},
                         "seconds": time.perf_counter() - start})
-        print(f"epoch {epoch:3}/{args.epochs}   train loss {loss:.3f}, tokens {share:.2%}   "
-              f"validation {describe(validation)}   {history[-1]['seconds']:.1f} s", flush=True)
+        print(f"epoch {epoch:3}/{args.epochs}   train loss {loss:.3f}, tokens {share:.2%}",
+              f"validation {describe(validation)}", common.pace(history, args.epochs), sep="   ",
+              flush=True)
         best = common.epochs_since_best(history, BEST) == 0 and {
             "script": "transformer.py", "model": model.state_dict(), "model_options": options,
             "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],
-            "data": data.name, "metrics": history[-1]}
+            "metrics": history[-1]}
         common.save_epoch(folder, history, best, {
             "script": "transformer.py", "options": vars(args), "data": checksum,
             "history": history, **{name: part.state_dict() for name, part in state.items()}})
@@ -369,7 +381,8 @@ def train(args, data: Dataset, folder, device) -> list:
 
 
 @torch.no_grad()
-def beam_search(model: Transformer, source, mask=None, beam: int = 1) -> list:
+def beam_search(model: Transformer, source: Tensor, mask: Tensor | None = None,
+                beam: int = 1) -> list:
     """Write a target to each source (N, S) token by token, keeping the `beam` best hypotheses of
     each. The greedy one, a beam of 1, can fall out of a wider beam; it competes at the end.
 
@@ -382,7 +395,7 @@ def beam_search(model: Transformer, source, mask=None, beam: int = 1) -> list:
     caches = model.encode(source, mask)
     tokens = source.new_full((n, 1, 1), BOS)  # (n, k, position + 1); k is 1, then `beam`
     totals = torch.zeros((n, 1), device=source.device)  # (n, k): log-probabilities
-    ended = totals.bool()
+    ended, sources, results = totals.bool(), torch.arange(n, device=source.device), []
     for position in range(limit):
         logits = model.decode(tokens[:, :, -1].reshape(-1, 1), caches, mask, position)
         steps = F.log_softmax(logits.float(), dim=-1).view(*ended.shape, vocabulary)
@@ -392,23 +405,32 @@ def beam_search(model: Transformer, source, mask=None, beam: int = 1) -> list:
         lengths = (tokens > EOS).sum(2) + 1  # one more: the token to come, or <eos>
         ranks = (sums / penalty[lengths][..., None]).flatten(1)  # (n, k * vocabulary)
         scores, chosen = ranks.topk(min(beam, ranks.shape[1]))  # (n, beam), the best first
-        newest = chosen % vocabulary
-        parents = ((chosen - newest) / vocabulary).long()  # which hypotheses these go on with
-        rows = torch.arange(n, device=source.device)[:, None] * ended.shape[1] + parents
+        parents, newest = chosen // vocabulary, chosen % vocabulary
+        rows = torch.arange(len(ended), device=source.device)[:, None] * ended.shape[1] + parents
         tokens = torch.cat([tokens.flatten(0, 1)[rows], newest[..., None]], 2)
         totals, ended = sums.flatten(1).gather(1, chosen), newest <= EOS
         # At best, an open hypothesis ends at the greatest length with no more probability lost.
         hope = (totals / penalty[limit]).masked_fill(ended, -math.inf).max(1).values
-        if (ended[:, 0] & (scores[:, 0] >= hope)).all():
-            break
-        for cache in caches if beam > 1 else ():
+        done = ended[:, 0] & (scores[:, 0] >= hope) | (position == limit - 1)
+        shrink = 2 * done.sum() >= len(done)  # half of the batch is worth a copy of the caches
+        if shrink:
+            best = sources, scores[:, 0], totals[:, 0], tokens[:, 0, 1:]
+            results += zip(*(part[done].tolist() for part in best))
+            if done.all():
+                break
+            sources, tokens, totals, ended, rows = (
+                part[~done] for part in (sources, tokens, totals, ended, rows))
+            mask = mask if mask is None else mask[~done]
+            for cache in caches:
+                cache["source"] = cache["source"][:, ~done]
+        for cache in caches if shrink or beam > 1 else ():
             cache["target"] = cache["target"][:, rows.flatten()]
-    best = (x[:, 0].tolist() for x in (scores, totals, tokens[..., 1:]))
-    result = [(score, total, row[:(row + [EOS]).index(EOS)]) for score, total, row in zip(*best)]
-    return list(map(max, greedy, result)) if greedy else result
+    results = [(score, total, row[:(row + [EOS]).index(EOS)])
+               for _, score, total, row in sorted(results)]
+    return list(map(max, greedy, results)) if greedy else results
 
 
-def edit_distance(a, b) -> int:
+def edit_distance(a: Sequence, b: Sequence) -> int:
     """The fewest insertions, deletions and substitutions from a to b. Levenshtein, 1966."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
@@ -418,58 +440,75 @@ def edit_distance(a, b) -> int:
     return row[-1]
 
 
-@torch.no_grad()
-def measure(model, vocabulary, answers: dict, device, beam: int = 1):
-    """Metrics on {source: [right target, ...]}, and {source: (score, log-probability, tokens)}.
+def write_targets(model: Transformer, vocabulary: Vocabulary, sources, beam: int = 1) -> dict:
+    """Free running: {source: (score, log-probability, target tokens)}, by beam_search()."""
+    model.eval()
+    sources, found = list(sources), {}
+    pairs = [vocabulary.encode(source) for source in sources]
+    for indices in common.progress(common.mine(batches(pairs, 8192)), "decoding"):
+        source, _, mask = collate([pairs[i] for i in indices], model.positions.device)
+        for i, (*numbers, row) in zip(indices, beam_search(model, source, mask, beam)):
+            found[sources[i]] = *numbers, tuple(vocabulary.tokens[token] for token in row)
+    for part in common.gather([found]):
+        found.update(part)
+    return found
 
-    Teacher forcing, to the first answer: loss, token_accuracy. Free running, against the nearest
-    answer: exact_match, also by_length of the source; error_rate, edit distance over its length.
+
+def compare(found: dict, answers: dict) -> dict:
+    """What was written against the nearest of the right targets: exact_match, also by_length of
+    the source; error_rate, which is edit distance over the right target's length.
+    """
+    errors, lengths, right = 0, 0, defaultdict(list)
+    for source, targets in answers.items():
+        row = found[source][-1]
+        distance, length = min((edit_distance(row, target), len(target)) for target in targets)
+        errors, lengths = errors + distance, lengths + length
+        right[len(source)].append(distance == 0)
+    return {"exact_match": sum(map(sum, right.values())) / len(answers),
+            "error_rate": errors / lengths,
+            "by_length": {n: sum(right[n]) / len(right[n]) for n in sorted(right)}}
+
+
+@torch.no_grad()
+def measure(model: Transformer, vocabulary: Vocabulary, answers: dict) -> tuple[dict, dict]:
+    """Metrics on {source: [right target, ...]}, and what write_targets() writes to the sources:
+    loss and token_accuracy under teacher forcing with the first answer, and those of compare().
     """
     model.eval()
     pairs = [vocabulary.encode(source, targets[0]) for source, targets in answers.items()]
-    results = []  # of each batch: indices, what it writes, and [loss, tokens, right ones]
-    for indices in common.progress(common.mine(batches(pairs, 8192)), "decoding"):
-        source, target, mask = collate([pairs[i] for i in indices], device)
+    totals = []  # of each batch: loss, tokens, right tokens
+    for indices in common.mine(batches(pairs, 8192)):
+        source, target, mask = collate([pairs[i] for i in indices], model.positions.device)
         loss, count, right = cross_entropy(model(source, target[:, :-1], mask), target[:, 1:])
-        results.append((indices, beam_search(model, source, mask, beam),
-                        torch.stack([loss * count, count, right]).cpu()))
-    batched, written, totals = zip(*common.gather(results))
-    rows = {i: row for numbers, part in zip(batched, written) for i, row in zip(numbers, part)}
-    totals = sum(totals)
+        totals.append(torch.stack([loss * count, count, right]).cpu())
+    totals = sum(common.gather(totals))
     loss, _, token_accuracy = (totals / totals[1]).tolist()
-    found, errors, lengths, by_length = {}, 0, 0, defaultdict(list)
-    for i, (source, targets) in enumerate(answers.items()):
-        *numbers, row = rows[i]
-        found[source] = *numbers, tuple(vocabulary.tokens[token] for token in row)
-        distance, length = min((edit_distance(found[source][-1], row), len(row)) for row in targets)
-        errors, lengths = errors + distance, lengths + length
-        by_length[len(source)].append(distance == 0)
-    return {"loss": loss, "token_accuracy": token_accuracy, "error_rate": errors / max(1, lengths),
-            "exact_match": sum(map(sum, by_length.values())) / len(answers),
-            "by_length": {n: sum(row) / len(row) for n, row in sorted(by_length.items())}}, found
+    found = write_targets(model, vocabulary, answers)
+    return {"loss": loss, "token_accuracy": token_accuracy, **compare(found, answers)}, found
 
 
 def describe(metrics: dict) -> str:
-    return (f"loss {metrics['loss']:.3f}, tokens {metrics['token_accuracy']:.2%}, exact match "
-            f"{metrics['exact_match']:.2%}, error rate {metrics['error_rate']:.2%}")
+    return ", ".join(METRICS[name].format(metrics[name]) for name in METRICS if name in metrics)
 
 
-def evaluate(args, data: Dataset, folder, device, history) -> None:
+def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device,
+             history: list) -> None:
     """Measure the best Transformer on the test part; draw the pictures; write summary.json."""
     model, vocabulary, checkpoint = load_model(folder / "best.pt", device)
-    test, greedy = measure(model, vocabulary, data.test, device)
-    beam, wider = measure(model, vocabulary, data.test, device, args.beam)
+    test, greedy = measure(model, vocabulary, data.test)
+    wider = write_targets(model, vocabulary, data.test, args.beam)
     gains = [wider[s][0] - greedy[s][0] for s in greedy if wider[s][-1] != greedy[s][-1]]
-    test["beam"] = {"width": args.beam, "exact_match": beam["exact_match"],
-                    "better": sum(g > 0 for g in gains), "worse": sum(g < 0 for g in gains)}
-    test["best_epoch"] = checkpoint["metrics"]["epoch"]
+    beam = {"width": args.beam, **compare(wider, data.test),
+            "better": sum(gain > 0 for gain in gains), "worse": sum(gain < 0 for gain in gains)}
+    test.update(beam=beam, best_epoch=checkpoint["metrics"]["epoch"])
     print(f"\ntest on {data.name}, weights of epoch {test['best_epoch']}: {describe(test)}\n"
           f"beam {args.beam}: {describe(beam)}; its score is better than greedy for "
-          f"{test['beam']['better']} of {len(greedy)} sources, worse for {test['beam']['worse']}")
+          f"{beam['better']} of {len(greedy)} sources, worse for {beam['worse']}")
     if data.longer:
-        test["longer"], _ = measure(model, vocabulary, data.longer, device)
+        test["longer"], _ = measure(model, vocabulary, data.longer)
         print(f"sources longer than any in training: {describe(test['longer'])}")
-    rows = [(row[-1] in data.test[source], source, row[-1]) for source, row in greedy.items()]
+    rows = [(greedy[source][-1] in targets, source, greedy[source][-1])
+            for source, targets in data.test.items()]
     for right, source, target in rows[:4] + [row for row in rows[4:] if not row[0]][:4]:
         print("  ", JOIN[args.source_tokens](source), "->", JOIN[args.target_tokens](target),
               "" if right else "(wrong)")
@@ -488,7 +527,8 @@ def evaluate(args, data: Dataset, folder, device, history) -> None:
           f"write targets of your own with: python transformer.py --out {args.out} --predict TEXT")
 
 
-def draw(folder, title, model, vocabulary, pair, test):
+def draw(folder: Path, title: str, model: Transformer, vocabulary: Vocabulary, pair: Sequence,
+         test: dict) -> None:
     """Cross-attention of the last decoder layer on one pair, in at most 8 heads and 50 tokens;
     positions; accuracy by length.
     """
@@ -498,30 +538,36 @@ def draw(folder, title, model, vocabulary, pair, test):
     source, target, _ = collate([vocabulary.encode(*pair)], model.positions.device)
     with torch.no_grad():
         model(source, target[:, :-1])
-    heads, height, width = attention.weights[0, :8].shape
-    figure, axes = common.new_figure(1, heads, (heads * (1 + 0.2 * width), 1.3 + 0.2 * height),
+    weights = attention.weights[0, :8].cpu()  # (heads, T, S)
+    heads, height, width = weights.shape
+    read, written = ([*map(common.plain, row), "<eos>"] for row in pair)
+    inches = max(8, 1 + heads * (0.3 + 0.2 * width)), 1.6 + 0.2 * height
+    figure, axes = common.new_figure(1, heads, inches,
                                      f"{title}: cross-attention of the last decoder layer")
-    for head, (axis, weights) in enumerate(zip(axes.flat, attention.weights[0].cpu()), 1):
-        axis.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-        axis.set(title=f"head {head}", xlabel="source", ylabel="token written")
-        labels = [[*map(common.plain, row), "<eos>"] for row in pair]
-        axis.set_xticks(range(width), labels[0], fontsize=8, rotation=90)
-        axis.set_yticks(range(height), labels[1], fontsize=8)
+    for head, axis in enumerate(axes.flat):
+        axis.imshow(weights[head], cmap="Blues", vmin=0, vmax=1)
+        axis.set(title=f"head {head + 1}", xlabel="source", ylabel="token written")
+        axis.set_xticks(range(width), read, fontsize=8, rotation=90)
+        axis.set_yticks(range(height), written, fontsize=8)
+        axis.label_outer()
     common.save_figure(folder / "attention.png", figure)
+
     figure, ((axis,),) = common.new_figure(1, 1, (6, 4), f"{title}: positional encoding")
     figure.colorbar(axis.imshow(model.positions.cpu(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto"))
     axis.set(xlabel="dimension", ylabel="position")
     common.save_figure(folder / "positions.png", figure)
+
     figure, ((axis,),) = common.new_figure(1, 1, (8, 3.5), f"{title}: exact match against length")
     for label, part in ("test part", test), ("longer than any in training", test.get("longer")):
         if part:
-            axis.bar(list(part["by_length"]), list(part["by_length"].values()), label=label)
-    axis.set(xlabel="tokens in the source", ylabel="exact match", ylim=(0, 1.05))
+            axis.plot(*zip(*part["by_length"].items()), "o-", label=label)
+    axis.set(xlabel="tokens in the source", ylabel="exact match", ylim=(-0.05, 1.05),
+             xlim=(0, None))
     axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
     common.save_figure(folder / "length.png", figure)
 
 
-def load_model(path, device):
+def load_model(path: Path, device: torch.device) -> tuple[Transformer, Vocabulary, dict]:
     """The Transformer saved in a best.pt, its vocabulary, and the checkpoint itself."""
     checkpoint = common.load_checkpoint(path, "transformer.py", "kinds", "metrics")
     with common.using(path):
@@ -533,7 +579,7 @@ def load_model(path, device):
     return model.to(device), vocabulary, checkpoint
 
 
-def predict(args, device) -> None:
+def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Print `source <tab> target <tab> probability` for each text of --predict."""
     model, vocabulary, checkpoint = load_model(Path(args.out, "best.pt"), device)
     (kind, answer_kind), limit = checkpoint["kinds"], len(model.positions) - 1
@@ -546,17 +592,17 @@ def predict(args, device) -> None:
     unseen = {token for source in sources for token in source} - set(vocabulary.numbers)
     if unseen:
         common.warn("never seen in training, read as <unk>: " + " ".join(sorted(unseen)[:20]))
-    _, found = measure(model, vocabulary, {source: [()] for source in sources}, device, args.beam)
+    found = write_targets(model, vocabulary, sources, args.beam)
     for source in sources:
         _, log_probability, target = found[source]
-        answer = JOIN[answer_kind](target)
-        print(JOIN[kind](source), answer, f"{math.exp(log_probability):.4f}", sep="\t")
+        print(JOIN[kind](source), JOIN[answer_kind](target), f"{math.exp(log_probability):.4f}",
+              sep="\t")
 
 
 # ---------------------------------------------------------------- Command line
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = common.option_parser(
         "transformer.py", __doc__, "synthetic, or a CSV or TSV file with columns source and target",
         data="synthetic", out="runs/transformer", epochs=6, batch_size=64, lr=2e-3,

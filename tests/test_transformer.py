@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 
@@ -213,6 +214,32 @@ def test_a_beam_is_never_worse_than_greedy():
     assert any(b[0] > a[0] + 0.1 for a, b in zip(greedy, wider))
 
 
+@pytest.mark.parametrize("beam, positions", ((1, 3), (3, 2)))
+def test_sources_that_have_ended_leave_the_batch_and_change_nothing(beam, positions, monkeypatch):
+    model, sizes = small_model(max_length=40), []
+    model.embedding.weight.data[EOS] *= 2.5  # so that, with positions that matter more,
+    model.positions *= positions  # most end after 9 to 34 tokens and some never do
+    torch.manual_seed(0)
+    source = torch.randint(4, 12, (30, 6))
+    source[::2, 3:] = PAD
+    mask = (source != PAD)[:, None, None, :]
+    alone = [transformer.beam_search(model, source[i:i + 1], mask[i:i + 1], beam)[0]
+             for i in range(30)]
+    lengths = {len(row) for *_, row in alone}
+    assert 40 in lengths and len(lengths) >= 3
+    decode = model.decode
+
+    def count(tokens, *rest):
+        sizes.append(len(tokens))
+        return decode(tokens, *rest)
+    monkeypatch.setattr(model, "decode", count)
+    together = transformer.beam_search(model, source, mask, beam)
+    assert [row for *_, row in together] == [row for *_, row in alone]
+    for ours, theirs in zip(together, alone):
+        assert ours[:2] == pytest.approx(theirs[:2], abs=1e-4)
+    assert max(sizes) == 30 * beam and sizes[-1] <= 30 * beam / 2
+
+
 @pytest.mark.parametrize("a, b, distance", (
     ("", "", 0), ("abc", "abc", 0), ("kitten", "sitting", 3), ("", "ab", 2), ("ab", "ba", 2)))
 def test_edit_distance(a, b, distance):
@@ -413,6 +440,15 @@ def test_predict(trained, run):
         assert words in done.stderr and done.stdout == ""
 
 
+def test_predict_runs_freely_alone(trained, monkeypatch, capsys):
+    """No pass under teacher forcing, which predictions do not need."""
+    monkeypatch.setattr(Transformer, "forward", None)
+    monkeypatch.setattr(sys, "argv", ["transformer.py", "--out", str(trained / "out"),
+                                      "--predict", "abc"])
+    transformer.main()
+    assert capsys.readouterr().out.startswith("abc\t")
+
+
 def test_predict_gives_back_bytes_that_are_not_utf8(trained):
     done = subprocess.run([sys.executable, str(ROOT / "transformer.py"), "--out", "out",
                            "--predict", "-"], cwd=str(trained), input=b"a\n\xff\n",
@@ -454,3 +490,10 @@ def test_a_small_model_learns_to_copy(tmp_path):
         optimizer.step()
     found = transformer.beam_search(model.eval(), source)
     assert sum(row[2] == tokens[:3] for row, tokens in zip(found, source.tolist())) >= 60
+
+
+def test_the_code_in_the_document_is_the_script_s():
+    code = {line.strip() for line in (ROOT / "transformer.py").read_text().splitlines()}
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "transformer.md").read_text(), re.S)
+    lines = [line.strip() for block in blocks for line in block.splitlines()]
+    assert len(blocks) >= 5 and [line for line in lines if line not in code] == []
