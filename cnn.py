@@ -93,9 +93,11 @@ def synthetic_shapes(count: int, seed: int) -> Part:
         background = F.interpolate(corners, size=SIZE, mode="bilinear", align_corners=True)
         background = background.permute(0, 2, 3, 1)
         colour = uniform(0.4, 1, n, 1, 1, 3)
-        noise = torch.randn(background.shape, generator=generator) * uniform(0.02, 0.2, n, 1, 1, 1)
-        image = background + mask * (colour - background) + noise
-        images.append((image.clamp(0, 1) * 255).byte())
+        noise = torch.randn(background.shape, generator=generator)
+        noise *= uniform(0.02, 0.2, n, 1, 1, 1)
+        # In place: of many images, each of these is half a gigabyte.
+        image = (colour - background).mul_(mask).add_(background).add_(noise)
+        images.append(image.clamp_(0, 1).mul_(255).byte())
     labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(images)])
     order = torch.randperm(count, generator=generator)
     return Part(torch.cat(images)[order], labels[order])
@@ -280,7 +282,7 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.d
               f"{row['validation_accuracy']:.1%}   {common.pace(history, args.epochs)}", flush=True)
         best = common.epochs_since_best(history, "validation_accuracy") == 0 and {
             "script": "cnn.py", "model": model.state_dict(), "model_options": options,
-            "data": data.name, "classes": data.classes, "mirror": not args.no_flip, "metrics": row}
+            "classes": data.classes, "mirror": not args.no_flip, "metrics": row}
         common.save_epoch(folder, history, best, {
             "script": "cnn.py", "options": vars(args), "data": checksum, "history": history,
             **{name: part.state_dict() for name, part in state.items()}})

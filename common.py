@@ -302,7 +302,8 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
     return parse
 
 
-def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse.ArgumentParser:
+def option_parser(script: str, doc: str, data_help: str, epochs_help: str = "%(default)s",
+                  **defaults) -> argparse.ArgumentParser:
     """A parser with the options that mean the same in every script, and the script's defaults."""
     parser = argparse.ArgumentParser(
         script, f"python {script} [options]", doc, allow_abbrev=False,
@@ -314,7 +315,8 @@ def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse
             ("--data", str, "DATA", data_help),
             ("--data-dir", str, "DIR", "where downloaded data sets are kept"),
             ("--out", str, "DIR", "folder for what this run writes"),
-            ("--epochs", number(int, 1), "N", "passes over the training part, at most"),
+            ("--epochs", number(int, 1), "N",
+             f"passes over the training part, at most [{epochs_help}]"),
             ("--batch-size", number(int, 1), "N", "examples a step"),
             ("--lr", number(float, 0), "RATE", "peak learning rate"),
             ("--weight-decay", number(float, 0), "RATE", "decay of weights, not of biases"),
@@ -322,7 +324,8 @@ def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse
             ("--patience", number(int, 1), "N", "epochs to wait for a better validation result"),
             ("--seed", number(int, 0, 2**32 - 1), "N", "decides split, weights, order and noise"),
             ("--device", str, "NAME", "auto, cpu, cuda, cuda:1, mps")):
-        group.add_argument(flag, type=kind, metavar=metavar, help=meaning + " [%(default)s]")
+        meaning += "" if flag == "--epochs" else " [%(default)s]"
+        group.add_argument(flag, type=kind, metavar=metavar, help=meaning)
     group.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"),
                        default="auto", help="of the forward pass [%(default)s]")
     group.add_argument("--compile", action="store_true", help="use torch.compile (PyTorch 2)")
@@ -558,7 +561,9 @@ def pace(history: list, epochs: int) -> str:
 
 def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
     """Draw {y axis: {label: column}} as panels side by side, over the epochs."""
-    figure, axes = new_figure(1, len(panels), (4.4 * len(panels), 3.5), title)
+    rows = (len(panels) + 2) // 3  # at most three panels fit side by side
+    columns = math.ceil(len(panels) / rows)
+    figure, axes = new_figure(rows, columns, (4.4 * columns, 3.3 * rows + 0.2), title)
     for axis, (ylabel, curves) in zip(axes.flat, panels.items()):
         for label, column in curves.items():
             axis.plot([row["epoch"] for row in history], [row[column] for row in history], ".-",
@@ -665,7 +670,10 @@ def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB" if channels == 3 else "L")
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 8
+                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+            image = image.convert("RGB" if channels == 3 else "L")
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.BICUBIC)
             return np.asarray(image).reshape(size, size, channels)
@@ -749,7 +757,8 @@ def load_torchvision(name: str, data_dir: str) -> tuple:
     loaded = {}
     for part, data in parts.items():
         images = torch.as_tensor(data.data)  # without a last dimension if it is grey
-        loaded[part] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
+        images = images.reshape(*images.shape[:3], -1).contiguous()
+        loaded[part] = images, torch.as_tensor(data.targets)
     return loaded, parts["train"].classes
 
 

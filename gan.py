@@ -35,6 +35,7 @@ FONTS = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono"
          "DejaVuSansMono-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-Italic",
          "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10")
 NEIGHBOURS = 5  # of a real image, that tell how far it reaches: k of Naeem et al., 2020
+IMAGES_SHOWN = 540_000  # in a run of the default length: 60 epochs of 9,000 images, 10 of 54,000
 PENALTY_EVERY = 8  # steps: it changes slowly, and costs as much as a step (Karras et al., 2020)
 
 
@@ -125,7 +126,7 @@ def load_data(args) -> Dataset:
         if len(parts[part][0]) <= NEIGHBOURS:
             raise common.UserError(f"--data {name}: {len(parts[part][0])} images in {part} are too "
                                    f"few to measure by; provide at least {NEIGHBOURS + 1}")
-    return Dataset(name, *(parts[part][0].contiguous() for part in ("train", "val", "test")))
+    return Dataset(name, *(parts[part][0] for part in ("train", "val", "test")))
 
 
 def to_float(images):
@@ -331,10 +332,10 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
         row["density"], row["coverage"] = density_coverage(real_features, features)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
-        print("epoch {epoch:3}/{}   losses {discriminator_loss:.3f}, {generator_loss:.3f}   "
-              "discriminator right on real {real_accuracy:.1%}, on generated {fake_accuracy:.1%}   "
-              "Fréchet distance {frechet:.3f}, coverage {coverage:.1%}   {seconds:.1f} s".format(
-                  args.epochs, **row), flush=True)
+        print("epoch {epoch:3}/{}   losses {discriminator_loss:.3f}, {generator_loss:.3f}   right "
+              "on real {real_accuracy:.1%}, on generated {fake_accuracy:.1%}   Fréchet distance "
+              "{frechet:.3f}, coverage {coverage:.1%}   {}".format(
+                  args.epochs, common.pace(history, args.epochs), **row), flush=True)
         won = [min(r["real_accuracy"], r["fake_accuracy"]) > 0.99 for r in history]
         if won[-3:] == [True] * 3 and won[-4:-3] != [True]:
             common.warn("the discriminator has told everything apart for 3 epochs, so the "
@@ -520,8 +521,8 @@ def draw_samples(args, device) -> None:
 def build_parser():
     parser = common.option_parser(
         "gan.py", __doc__, "auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images",
-        data="auto", out="runs/gan", epochs=60, batch_size=64, lr=5e-4, weight_decay=0.0,
-        clip=10.0, patience=30)
+        "60; fewer of more than 9,000 images", data="auto", out="runs/gan", epochs=None,
+        batch_size=64, lr=5e-4, weight_decay=0.0, clip=10.0, patience=30)
     group = parser.add_argument_group("options of the GAN")
     whole, share, weight = (common.number(int, 1), common.number(float, 0, 0.9999),
                             common.number(float, 0))
@@ -542,6 +543,11 @@ def build_parser():
     return parser
 
 
+def default_epochs(images: int) -> int:
+    """So many that the run takes as long on a large data set as on a small one."""
+    return min(60, max(1, round(IMAGES_SHOWN / images)))
+
+
 def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "latent", "width", "no_batch_norm", "synthetic_size", "images"))
@@ -552,6 +558,7 @@ def main() -> None:
         return
     data = load_data(args)
     args.data = data.name  # so that a resumed run cannot end up on another set
+    args.epochs = args.epochs or default_epochs(len(data.train))
     print(f"{data.name}: {len(data.train)} images to train on, {len(data.validation)} to validate, "
           f"{len(data.test)} to test; {data.train.shape[1]} pixels square, "
           f"{data.train.shape[3]} channels; on {device}")

@@ -277,6 +277,11 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
         assert np.array_equal(*pixels)
 
 
+def test_a_run_of_the_default_length_shows_as_many_images_whatever_the_data():
+    assert [gan.default_epochs(n) for n in (90, 8995, 54000, 10**7)] == [60, 60, 10, 1]
+    assert gan.build_parser().parse_args([]).epochs is None
+
+
 def test_a_second_run_keeps_the_images_of_the_first(run, tmp_path):
     run("gan.py", *TINY, "--epochs", 2)
     done = run("gan.py", *TINY, "--epochs", 1)
