@@ -10,6 +10,7 @@ gan.md explains every part.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import io
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 import common
 
@@ -41,12 +42,12 @@ PENALTY_EVERY = 8  # steps: it changes slowly, and costs as much as a step (Karr
 
 class Dataset(NamedTuple):
     name: str  # the data really used, as every log and picture calls it
-    train: torch.Tensor  # uint8 (N, size, size, channels), as are the other two
-    validation: torch.Tensor
-    test: torch.Tensor
+    train: Tensor  # uint8 (N, size, size, channels), as are the other two
+    validation: Tensor
+    test: Tensor
 
 
-def glyphs(side: int = 56) -> torch.Tensor:
+def glyphs(side: int = 56) -> Tensor:
     """The digits in each of the FONTS: float (fonts, 10, side, side), ink 1 on paper 0."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -63,7 +64,7 @@ def glyphs(side: int = 56) -> torch.Tensor:
     return ink.view(len(FONTS), side, 10, side).transpose(1, 2) / 255
 
 
-def synthetic_digits(count: int, seed: int) -> torch.Tensor:
+def synthetic_digits(count: int, seed: int) -> Tensor:
     """Draw `count` typeset digits, randomly rotated, scaled, sheared, shifted and blurred."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -86,7 +87,7 @@ def synthetic_digits(count: int, seed: int) -> torch.Tensor:
     return torch.cat(images)[torch.randperm(count, generator=generator)]
 
 
-def folder_format(folder: str):
+def folder_format(folder: str) -> tuple[int, int]:
     """Size and channels for the images of a folder: those of most of them, at most 64 pixels."""
     sides, colours = [], 0
     paths = Path(folder).rglob("*") if os.path.isdir(folder) else []
@@ -101,7 +102,7 @@ def folder_format(folder: str):
     return max(16, min(64, side)), 3 if 2 * colours > len(sides) else 1
 
 
-def load_data(args) -> Dataset:
+def load_data(args: argparse.Namespace) -> Dataset:
     """Load what `--data` names; `auto` falls back to typeset digits and says why."""
     name, parts = "mnist" if args.data == "auto" else args.data, None
     if name in TORCHVISION:
@@ -129,7 +130,7 @@ def load_data(args) -> Dataset:
     return Dataset(name, *(parts[part][0] for part in ("train", "val", "test")))
 
 
-def to_float(images):
+def to_float(images: Tensor) -> Tensor:
     """uint8 (N, size, size, channels) -> float (N, channels, size, size) from -1 to 1."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -180,7 +181,7 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Tanh())
         initialise(self)
 
-    def forward(self, latent):
+    def forward(self, latent: Tensor) -> Tensor:
         x = self.project(latent)  # (N, 3 * 3 * 256)
         x = x.view(len(x), self.side, self.side, -1).permute(0, 3, 1, 2)  # (N, 256, 3, 3)
         return self.layers(x)  # (N, 128, 7, 7), (N, 64, 14, 14), (N, 1, 28, 28)
@@ -207,7 +208,7 @@ class Discriminator(nn.Module):
         self.classifier = nn.Linear(widths[-1] * side**2, 1)
         initialise(self)
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         x = self.layers(images)  # (N, 64, 14, 14), (N, 128, 7, 7), (N, 256, 3, 3)
         return self.classifier(x.flatten(1)).squeeze(1)
 
@@ -215,17 +216,17 @@ class Discriminator(nn.Module):
 # ---------------------------------------------------------------- Training
 
 
-def discriminator_loss(real_logits, fake_logits):
+def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Mean of -log D(real) - log(1 - D(fake)), D the sigmoid of the logits (N,)."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
-def generator_loss(fake_logits):
+def generator_loss(fake_logits: Tensor) -> Tensor:
     """Mean of -log D(fake), the non-saturating loss. Goodfellow et al., 2014."""
     return F.softplus(-fake_logits).mean()
 
 
-def gradient_penalty(discriminator, real):
+def gradient_penalty(discriminator: Discriminator, real: Tensor) -> Tensor:
     """Mean squared norm of the gradient of real images' logits, R1. Mescheder et al., 2018.
 
     A discriminator that is flat about the real images cannot learn them by heart.
@@ -242,7 +243,8 @@ def update_average(average: nn.Module, model: nn.Module, decay: float) -> None:
         ours.copy_(ours.lerp(theirs, 1 - decay) if ours.is_floating_point() else theirs)
 
 
-def train(args, data: Dataset, folder, images_folder, device) -> list:
+def train(args: argparse.Namespace, data: Dataset, folder: Path, images_folder: Path,
+          device: torch.device) -> list:
     """Train both networks; keep their last and best epoch in `folder`. Returns the history."""
     common.seed_everything(args.seed)
     size, channels = data.train.shape[2:]
@@ -354,12 +356,12 @@ def train(args, data: Dataset, folder, images_folder, device) -> list:
 # ---------------------------------------------------------------- Evaluation and pictures
 
 
-def latent_vectors(count: int, latent: int, seed: int):
+def latent_vectors(count: int, latent: int, seed: int) -> Tensor:
     """(count, latent), from N(0, 1); the same for the same seed on every device."""
     return torch.randn(count, latent, generator=torch.Generator().manual_seed(seed))
 
 
-def generate(generator: Generator, latent, device):
+def generate(generator: Generator, latent: Tensor, device: torch.device) -> Tensor:
     """uint8 images (N, size, size, channels), on the CPU, for latent vectors (N, latent)."""
     generator.eval()  # batch norm by its running averages
     with torch.no_grad():
@@ -368,7 +370,7 @@ def generate(generator: Generator, latent, device):
     return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte()
 
 
-def random_features(images) -> np.ndarray:
+def random_features(images: Tensor) -> np.ndarray:
     """Features (N, 224) of uint8 images (N, size, size, channels): every channel's mean in every
     layer of a convolutional network with fixed random weights, which knows no data set and needs
     no download. Naeem et al., 2020.
@@ -402,7 +404,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * shared)
 
 
-def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS):
+def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS) -> tuple:
     """How typical the generated features are, and the share of real ones that they reach.
 
     Around each real feature lies a ball that holds its k nearest real neighbours. Density: in how
@@ -415,7 +417,8 @@ def density_coverage(real: np.ndarray, fake: np.ndarray, k: int = NEIGHBOURS):
     return inside.sum().item() / (k * len(fake)), inside.any(1).double().mean().item()
 
 
-def evaluate(args, data: Dataset, folder, images_folder, device, history) -> None:
+def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, images_folder: Path,
+             device: torch.device, history: list) -> None:
     """Measure the best generator against the test part; draw the pictures; write summary.json."""
     generator, checkpoint = load_generator(folder / "best.pt", device)
     count = min(len(data.test), 5000)
@@ -463,7 +466,7 @@ def evaluate(args, data: Dataset, folder, images_folder, device, history) -> Non
           f"{args.images} --sample 100")
 
 
-def draw_grid(path, images, columns: int, title: str):
+def draw_grid(path: Path, images: Tensor, columns: int, title: str) -> None:
     """Draw uint8 images (N, size, size, channels) as a wall, row by row."""
     images = F.pad(images, (0, 0, 1, 1, 1, 1, 0, -len(images) % columns), value=255)  # whole rows
     wall = torch.cat([torch.cat(tuple(row), 1) for row in images.split(columns)]).expand(-1, -1, 3)
@@ -477,7 +480,7 @@ def draw_grid(path, images, columns: int, title: str):
     common.save_figure(path, figure)
 
 
-def load_generator(path, device):
+def load_generator(path: Path, device: torch.device) -> tuple[Generator, dict]:
     """The averaged generator saved in a best.pt, and the checkpoint itself."""
     checkpoint = common.load_checkpoint(path, "gan.py", "data", "metrics")
     with common.using(path):
@@ -499,7 +502,7 @@ def make_folder(folder: Path, stale: str) -> None:
                                ) from None
 
 
-def draw_samples(args, device) -> None:
+def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
     """Write --sample N images to images/samples/, a file each, and beside it a grid of them."""
     generator, checkpoint = load_generator(Path(args.out, "best.pt"), device)
     folder = Path(args.images, "samples")
@@ -518,7 +521,7 @@ def draw_samples(args, device) -> None:
 # ---------------------------------------------------------------- Command line
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = common.option_parser(
         "gan.py", __doc__, "auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images",
         "60; fewer of more than 9,000 images", data="auto", out="runs/gan", epochs=None,
