@@ -212,18 +212,33 @@ def recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional=Fals
     return module
 
 
-def final_state(layers, embed, inputs, lengths):
-    """The state of each sequence after its own last step. Those of one length go together: no step
-    is padding, and none needs packing, which makes the library several times slower on the CPU.
-    """
+def like_lengths(lengths, apart=0.0) -> list:
+    """Indices of the sequences of each length, or of lengths at most a share `apart`."""
     lengths, order = lengths.sort()
-    counts = lengths.unique_consecutive(return_counts=True)[1].tolist()
-    states = [layers(embed(inputs[same, :n[0]].transpose(0, 1)))[1]  # of (T, N, hidden)
-              for same, n in zip(order.split(counts), lengths.split(counts))]
-    order = order.argsort()  # back to the order of the batch
-    if isinstance(states[0], tuple):
-        return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*states))
-    return torch.cat(states, 1)[:, order]
+    keys = (lengths.float().log() / apart).floor() if apart else lengths
+    return order.split(keys.unique_consecutive(return_counts=True)[1].tolist())
+
+
+class NgramEmbedding(nn.Module):
+    """The sum of embeddings of the last 1, 2, ..., `ngram` symbols (Bojanowski et al., 2017).
+
+    inputs: int64 (T, N) -> float (T, N, hidden). Those of two and more symbols have no vocabulary:
+    a hash numbers them, and some share a row.
+    """
+
+    def __init__(self, symbols: int, hidden: int, ngram: int):
+        super().__init__()
+        self.ngram, self.single = ngram, nn.Embedding(symbols, hidden)
+        self.longer = nn.Embedding(32749, hidden)
+        nn.init.zeros_(self.longer.weight)  # what training never shows adds nothing
+
+    def forward(self, inputs):
+        total, number = self.single(inputs), inputs
+        for _ in range(1, self.ngram):
+            before = F.pad(number, (0, 0, 1, 0), value=END)[:-1]  # numbers at the step before
+            number = (before * 1000003 + inputs) % self.longer.num_embeddings
+            total = total + self.longer(number)
+        return total
 
 
 class RNNClassifier(nn.Module):
@@ -234,31 +249,29 @@ class RNNClassifier(nn.Module):
     """
 
     def __init__(self, symbols: int, classes: int, cell="lstm", backend="torch", hidden=64,
-                 layers=1, dropout=0.0, memory=100, bidirectional=False, continuous=False):
+                 layers=1, dropout=0.0, memory=100, bidirectional=False, continuous=False,
+                 ngram=1):
         super().__init__()
-        self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
+        self.input = (nn.Linear(symbols, hidden) if continuous else nn.Embedding(symbols, hidden)
+                      if ngram == 1 else NgramEmbedding(symbols, hidden, ngram))
         self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
         self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
 
-    def embed(self, inputs):
-        return self.dropout(self.input(inputs))
-
     def last_valid_step(self, inputs, lengths):
         """The last hidden state of each sequence (N, hidden); of both ends if bidirectional."""
-        if self.layers.bidirectional:
-            state = final_state(self.layers, self.embed, inputs, lengths)
-            hidden = state[0] if isinstance(state, tuple) else state  # (layers * 2, N, hidden)
-            return torch.cat([hidden[-2], hidden[-1]], 1)
-        # Lengths at most a tenth apart go together: in one direction, what little padding there is
-        # comes too late to change the last valid step.
-        lengths, order = lengths.sort()
-        bands = (lengths.float().log() / 0.1).floor().unique_consecutive(return_counts=True)[1]
-        last = []
-        for band, n in zip(order.split(bands.tolist()), lengths.split(bands.tolist())):
-            output, _ = self.layers(self.embed(inputs[band, :n[-1]].transpose(0, 1)))
-            last.append(output[n - 1, torch.arange(len(n))])  # of (T, n, hidden)
-        return torch.cat(last)[order.argsort()]
+        # The backward direction starts at the end, so it takes sequences of one length. Forward,
+        # padding comes too late to matter, and lengths at most a tenth apart go together. Packing
+        # would do for any, but makes the library several times slower on the CPU.
+        both, last = self.layers.bidirectional, []
+        groups = like_lengths(lengths, 0.0 if both else 0.1)
+        for group in groups:
+            n, width = lengths[group], self.layers.hidden_size
+            x = self.dropout(self.input(inputs[group, :n.max()].transpose(0, 1)))  # (T, n, hidden)
+            output, _ = self.layers(x)  # (T, n, width), or twice the width
+            ends = output[n - 1, torch.arange(len(n))]
+            last.append(torch.cat([ends[:, :width], output[0, :, width:]], 1) if both else ends)
+        return torch.cat(last)[torch.cat(groups).argsort()]
 
     def forward(self, inputs, lengths, targets=None, teacher_forcing=None):
         last = self.last_valid_step(inputs, lengths)
@@ -281,8 +294,18 @@ class Seq2Seq(nn.Module):
         self.decoder = recurrent(cell, backend, hidden, layers, dropout, memory)
         self.output = nn.Linear(hidden, symbols)
 
+    def encode(self, inputs, lengths):
+        """The encoder's state after each sequence's own last step; no step of it is padding."""
+        groups = like_lengths(lengths)
+        states = [self.encoder(self.embedding(inputs[group, :lengths[group[0]]].t()))[1]
+                  for group in groups]
+        order = torch.cat(groups).argsort()  # back to that of the batch
+        if isinstance(states[0], tuple):
+            return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*states))
+        return torch.cat(states, 1)[:, order]
+
     def forward(self, inputs, lengths, targets, teacher_forcing: float):
-        state = final_state(self.encoder, self.embedding, inputs, lengths)
+        state = self.encode(inputs, lengths)
         true = F.pad(targets.t().clamp(min=PAD), (0, 0, 1, 0), value=END)[:-1]  # (T, N)
         if teacher_forcing == 1:  # every input of the decoder is known: all steps in one call
             return self.output(self.decoder(self.embedding(true), state)[0]).transpose(0, 1)
@@ -317,7 +340,8 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
                "hidden": args.hidden, "layers": args.layers, "dropout": args.dropout,
                "memory": args.memory}
     if data.task == "classify":
-        options.update(classes=len(data.answers), bidirectional=args.bidirectional)
+        options.update(classes=len(data.answers), bidirectional=args.bidirectional,
+                       ngram=args.ngram)
     checksum = common.checksum(data)
     run = runs.setdefault(f"{data.task} {cell}", {
         "task": data.task, "cell": cell, "options": options, "symbols": data.symbols,
@@ -568,6 +592,8 @@ def build_parser():
             ("--dropout", share, 0.0, "SHARE", "share of a layer's inputs zeroed in training"),
             ("--memory", common.number(float, 1), 100, "STEPS",
              "time that units keep what they hold, at most, before they learn"),
+            ("--ngram", common.number(int, 1, 9), 1, "N",
+             "symbols that a classifier sees at once, from a step back"),
             ("--teacher-forcing", share, 1.0, "SHARE", "share of true symbols a decoder is fed"),
             ("--synthetic-size", common.number(int, 100), 4000, "N", "strings; to sort, 3 times")):
         group.add_argument(flag, type=kind, default=default, metavar=metavar,
@@ -589,7 +615,7 @@ def build_parser():
 def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "tasks", "cells", "hidden", "layers", "dropout", "memory", "bidirectional",
-        "synthetic_size"))
+        "ngram", "synthetic_size"))
     device = common.select_device(args.device)
     common.keep_freed_memory()
     if args.predict:

@@ -108,6 +108,33 @@ def test_classifier_padded_equals_alone(backend, cell, bidirectional, continuous
         assert torch.allclose(model(changed, lengths), together, atol=1e-6)
 
 
+@pytest.mark.parametrize("ngram", [2, 5])
+def test_ngrams_end_at_their_step_and_know_the_start(ngram):
+    torch.manual_seed(0)
+    embedding = rnn.NgramEmbedding(9, 4, ngram)
+    inputs = torch.randint(3, 9, (12, 1))
+    start = embedding(inputs)
+    assert torch.equal(start, embedding.single(inputs))  # what is longer adds nothing at first
+    nn.init.normal_(embedding.longer.weight)
+    before = embedding(inputs)
+    inputs[5] = 12 - inputs[5] if inputs[5] != 6 else 7
+    changed = (before != embedding(inputs)).any(2).flatten()
+    assert torch.where(changed)[0].tolist() == list(range(5, 5 + ngram))
+    assert not torch.equal(embedding(inputs[3:])[0], embedding(inputs)[3])
+
+
+def test_classifier_with_ngrams_padded_equals_alone():
+    torch.manual_seed(0)
+    model = rnn.RNNClassifier(6, 3, hidden=8, bidirectional=True, ngram=3).eval()
+    nn.init.normal_(model.input.longer.weight)
+    inputs, lengths = torch.randint(3, 6, (3, 9)), torch.tensor([4, 9, 1])
+    with torch.no_grad():
+        together = model(inputs, lengths)
+        for i, n in enumerate(lengths.tolist()):
+            alone = model(inputs[i:i + 1, :n], lengths[i:i + 1])
+            assert torch.allclose(together[i:i + 1], alone, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["torch", "scratch"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("teacher_forcing", [0.0, 1.0])
