@@ -9,16 +9,17 @@ Pictures, checkpoints and figures go to runs/cnn (--out). cnn.md explains every 
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import common
 
@@ -30,8 +31,8 @@ SIZE = 32  # images are SIZE x SIZE pixels
 class Part(NamedTuple):
     """One part of a data set, whole in memory: the training, validation or test part."""
 
-    images: torch.Tensor  # uint8 (N, 32, 32, 3)
-    labels: torch.Tensor  # int64 (N,)
+    images: Tensor  # uint8 (N, 32, 32, 3)
+    labels: Tensor  # int64 (N,)
 
 
 class Dataset(NamedTuple):
@@ -42,11 +43,11 @@ class Dataset(NamedTuple):
     test: Part
 
 
-def box(u, v, half_width, half_height, centre=0.0):
+def box(u: Tensor, v: Tensor, half_width: float, half_height: float, centre: float = 0.0) -> Tensor:
     return torch.min(half_width - (u - centre).abs(), half_height - v.abs())
 
 
-def star(u, v, points, inner):
+def star(u: Tensor, v: Tensor, points: int, inner: float) -> Tensor:
     """A star of `points` tips on the unit circle; its notches lie at radius `inner`."""
     radius, half = (u**2 + v**2).sqrt(), math.pi / points
     angle = (torch.remainder(torch.atan2(v, u) + half, 2 * half) - half).abs()  # fold to one edge
@@ -100,7 +101,7 @@ def synthetic_shapes(count: int, seed: int) -> Part:
     return Part(torch.cat(images)[order], labels[order])
 
 
-def load_data(args) -> Dataset:
+def load_data(args: argparse.Namespace) -> Dataset:
     """Load what `--data` names; `auto` falls back to synthetic shapes and says why."""
     parts, classes, name = None, list(SHAPES), args.data
     if args.data in ("auto", "cifar10"):
@@ -123,7 +124,7 @@ def load_data(args) -> Dataset:
     return Dataset(name, classes, Part(*parts["train"]), Part(*parts["val"]), Part(*parts["test"]))
 
 
-def random_crop_flip(images, indices, padding: int, flip: bool):
+def random_crop_flip(images: Tensor, indices: Tensor, padding: int, flip: bool) -> Tensor:
     """Pick, shift by up to `padding` pixels and mirror images, all in one gather.
 
     What a shift brings in from outside is the image's own reflection.
@@ -156,9 +157,10 @@ class CNN(nn.Module):
     mean, std: of each colour channel in the training part, in units of full brightness.
     """
 
-    def __init__(self, classes: int = 10, widths=(32, 64, 128), units: int = 1,
+    def __init__(self, classes: int = 10, widths: Sequence[int] = (32, 64, 128), units: int = 1,
                  hidden: int = 256, dropout: float = 0.2, batch_norm: bool = True,
-                 mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)):
+                 mean: Sequence[float] = (0.5, 0.5, 0.5),
+                 std: Sequence[float] = (0.25, 0.25, 0.25)):
         super().__init__()
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
@@ -191,7 +193,7 @@ class CNN(nn.Module):
         nn.init.zeros_(self.classifier[-1].weight)
         self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
 
-    def forward(self, images):
+    def forward(self, images: Tensor) -> Tensor:
         # (N, 3, 32, 32), and in memory still (N, 32, 32, 3)
         x = images.permute(0, 3, 1, 2).to(self.mean.dtype)
         x = (x - self.mean) / self.std
@@ -202,7 +204,7 @@ class CNN(nn.Module):
 # ---------------------------------------------------------------- Training
 
 
-def cross_entropy(logits, labels, smoothing: float = 0.0):
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy against targets of 1 - smoothing for the label, the rest for all alike.
 
     logits: float (N, classes); labels: int64 (N,). Label smoothing: Szegedy et al., 2016.
@@ -212,7 +214,7 @@ def cross_entropy(logits, labels, smoothing: float = 0.0):
             - smoothing * log_probabilities.mean())
 
 
-def train(args, data: Dataset, folder, device) -> list:
+def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
     common.seed_everything(args.seed)
     pixels = data.train.images[::10].reshape(-1, 3).float() / 255
@@ -273,9 +275,9 @@ def train(args, data: Dataset, folder, device) -> list:
             "validation_accuracy": accuracy(logits, data.validation.labels),
             "seconds": time.perf_counter() - start})
         row = history[-1]
-        print(f"epoch {epoch:3}/{args.epochs}   train loss {row['train_loss']:.3f}, accuracy "
-              f"{row['train_accuracy']:.2%}   validation loss {row['validation_loss']:.3f}, "
-              f"accuracy {row['validation_accuracy']:.2%}   {row['seconds']:.1f} s", flush=True)
+        print(f"epoch {epoch:3}/{args.epochs}   train loss {row['train_loss']:.3f}, "
+              f"{row['train_accuracy']:.1%} right   validation {row['validation_loss']:.3f}, "
+              f"{row['validation_accuracy']:.1%}   {common.pace(history, args.epochs)}", flush=True)
         best = common.epochs_since_best(history, "validation_accuracy") == 0 and {
             "script": "cnn.py", "model": model.state_dict(), "model_options": options,
             "data": data.name, "classes": data.classes, "mirror": not args.no_flip, "metrics": row}
@@ -288,7 +290,7 @@ def train(args, data: Dataset, folder, device) -> list:
 # ---------------------------------------------------------------- Evaluation and pictures
 
 
-def predict_logits(model: CNN, images, mirror: bool, device):
+def predict_logits(model: CNN, images: Tensor, mirror: bool, device: torch.device) -> Tensor:
     """Logits (N, classes), on the CPU, for uint8 images (N, 32, 32, 3) on any device.
 
     With `mirror`, the mean of those of each image and of its mirror image: a network that was
@@ -304,13 +306,13 @@ def predict_logits(model: CNN, images, mirror: bool, device):
     return torch.cat(common.gather(logits))
 
 
-def accuracy(logits, labels, top: int = 1) -> float:
+def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
     """The share of images whose label is among the `top` most probable classes."""
     best = logits.topk(min(top, logits.shape[1])).indices
     return (best == labels[:, None]).any(1).double().mean().item()
 
 
-def calibration_error(logits, labels, bins: int = 15) -> float:
+def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     """Expected calibration error: mean gap of confidence and accuracy. Guo et al., 2017."""
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     gap = (predicted == labels).double() - confidence.double()
@@ -318,12 +320,13 @@ def calibration_error(logits, labels, bins: int = 15) -> float:
     return (torch.zeros(bins).double().index_add(0, index, gap).abs().sum() / len(labels)).item()
 
 
-def confusion_matrix(predicted, labels, classes: int):
+def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
     """Counts (classes, classes): row the true class, column the predicted one."""
     return (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
 
 
-def evaluate(args, data: Dataset, folder, device, history) -> None:
+def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device,
+             history: list) -> None:
     """Measure the best network on the test part; draw the pictures; write summary.json."""
     model, checkpoint = load_model(folder / "best.pt", device)
     logits = predict_logits(model, data.test.images, not args.no_flip, device)
@@ -340,7 +343,7 @@ def evaluate(args, data: Dataset, folder, device, history) -> None:
                          options=vars(args), test=test, seconds=seconds)
     title = f"CNN on {data.name}"
     common.plot_history(folder / "curves.png", history, title, {
-        "loss": {"training": "train_loss", "validation": "validation_loss"},
+        "loss": {"training, smoothed": "train_loss", "validation": "validation_loss"},
         "accuracy": {"training": "train_accuracy", "validation": "validation_accuracy"},
         "learning rate": {"learning rate": "learning_rate"}})
     draw_confusion(folder / "confusion.png", confusion, data.classes,
@@ -356,7 +359,7 @@ def evaluate(args, data: Dataset, folder, device, history) -> None:
           f"classify your own files with: python cnn.py --out {args.out} --predict FILE ...")
 
 
-def draw_confusion(path, confusion, classes, title):
+def draw_confusion(path: Path, confusion: Tensor, classes: list, title: str) -> None:
     size, classes = 3 + 0.42 * len(classes), list(map(common.plain, classes))
     figure, ((axis,),) = common.new_figure(1, 1, (size + 1, size), title)
     share = confusion.float() / confusion.sum(1, keepdim=True).clamp(min=1)
@@ -372,7 +375,8 @@ def draw_confusion(path, confusion, classes, title):
     common.save_figure(path, figure)
 
 
-def draw_predictions(path, data, logits, title, columns=8):
+def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str,
+                     columns: int = 8) -> None:
     """Two rows of test images that are right, two that are wrong: the surest, then a sample."""
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     right = predicted == data.test.labels
@@ -392,7 +396,7 @@ def draw_predictions(path, data, logits, title, columns=8):
     common.save_figure(path, figure)
 
 
-def draw_filters(path, model, title, columns=16):
+def draw_filters(path: Path, model: CNN, title: str, columns: int = 16) -> None:
     """The kernels of the first layer, as the colours to which each responds most."""
     kernels = model.features[0].weight.detach().cpu().permute(0, 2, 3, 1)  # (widths[0], 3, 3, 3)
     rows = math.ceil(len(kernels) / columns)
@@ -407,7 +411,7 @@ def draw_filters(path, model, title, columns=16):
     common.save_figure(path, figure)
 
 
-def load_model(path, device):
+def load_model(path: Path, device: torch.device) -> tuple[CNN, dict]:
     """The network saved in a best.pt, and the checkpoint itself."""
     checkpoint = common.load_checkpoint(path, "cnn.py", "mirror", "metrics")
     with common.using(path):
@@ -418,7 +422,7 @@ def load_model(path, device):
     return model.to(device), checkpoint
 
 
-def predict(args, device) -> None:
+def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Print `file <tab> class <tab> probability` for each file of --predict."""
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
     files = sys.stdin.read().split("\n") if args.predict == ["-"] else args.predict
@@ -435,7 +439,7 @@ def predict(args, device) -> None:
 # ---------------------------------------------------------------- Command line
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = common.option_parser(
         "cnn.py", __doc__, "auto, cifar10, synthetic, or a folder of images in class sub-folders",
         data="auto", out="runs/cnn", epochs=24, batch_size=128, lr=0.2, weight_decay=5e-4,

@@ -25,11 +25,12 @@ import warnings
 import zipfile
 import zlib
 from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 try:
@@ -48,11 +49,27 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program stands, so that `with` and `finally` still run."""
 
 
-def run_main(main) -> None:
+LOST = []  # Python drops what is raised in a callback of its garbage collector, Ctrl-C as well
+
+
+def raise_lost_signal() -> None:
+    """Raise again what run_main() has seen dropped; from Python 3.8 on."""
+    if LOST:
+        raise LOST[0]
+
+
+def run_main(main: Callable) -> None:
     """Run `main()`; a UserError is one line and exit status 2, Ctrl-C is 130, SIGTERM 143."""
     def terminate(signal_number, frame):
         raise Terminated
+
+    def keep(dropped):
+        if not issubclass(dropped.exc_type, KeyboardInterrupt):
+            sys.__unraisablehook__(dropped)
+        elif not LOST:
+            LOST.append(dropped.exc_type)
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = keep
     # What PyTorch warns of differs from version to version, and is in order here.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
     if RANK:
@@ -71,7 +88,7 @@ def run_main(main) -> None:
         print(f"{Path(sys.argv[0]).name}: error:", one_line(error), file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if WORLD == 1 or "by peer" not in str(error):
+        if WORLD == 1 or not ("by peer" in str(error) or "connect" in str(error)):
             raise
         print(f"process {RANK}: another process of this run is gone", file=sys.stderr)
         sys.exit(1)
@@ -79,7 +96,7 @@ def run_main(main) -> None:
         sys.exit(143 if isinstance(stop, Terminated) else 130)
 
 
-def one_line(message) -> str:
+def one_line(message: object) -> str:
     """The message in one line, whatever the names in it are made of."""
     return str(message).replace("\n", "\\n")
 
@@ -105,7 +122,7 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     return DDP(model, process_group=group, **{DDP_BUFFERS: False})
 
 
-def shares(batches, terms=None) -> list:
+def shares(batches: Iterable[Tensor], terms: Tensor | None = None) -> list:
     """Deal each batch of indices out to the processes: a list of this one's (indices, weight,
     terms in the whole batch). From here on each process draws random numbers of its own.
 
@@ -125,7 +142,7 @@ def shares(batches, terms=None) -> list:
     return dealt
 
 
-def mean_of_processes(tensor: torch.Tensor) -> torch.Tensor:
+def mean_of_processes(tensor: Tensor) -> Tensor:
     """The mean of what the processes have in this place, on the CPU."""
     tensor = tensor.cpu()
     if WORLD > 1:
@@ -134,7 +151,7 @@ def mean_of_processes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def average_buffers(*models) -> None:
+def average_buffers(*models: nn.Module) -> None:
     """Average the processes' running statistics, which each takes from its own shares."""
     for model in models if WORLD > 1 else ():
         for buffer in model.buffers():
@@ -142,7 +159,7 @@ def average_buffers(*models) -> None:
                 buffer.copy_(mean_of_processes(buffer.clone()))
 
 
-def mine(items):
+def mine(items: Sequence) -> Sequence:
     """What this process has to do of a list that the processes share out."""
     return items[RANK::WORLD]
 
@@ -156,7 +173,7 @@ def gather(results: list) -> list:
     return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
 
 
-def of_the_first(value):
+def of_the_first(value: Any) -> Any:
     """What the first process has in this place."""
     box = [value]
     if WORLD > 1:
@@ -178,14 +195,14 @@ DDP_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in DDP.__init__.
 FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
 
 
-def autocast(device: torch.device, dtype: torch.dtype):
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """The context of a forward pass in `dtype`; float32 changes nothing."""
     if dtype == torch.float32:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype) if HAS_AUTOCAST else torch.cuda.amp.autocast()
 
 
-def gradient_scaler(dtype: torch.dtype):
+def gradient_scaler(dtype: torch.dtype) -> Any:
     """Loss scaling, which float16 needs; any other type passes through it unchanged."""
     if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):  # 2.3
         return torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
@@ -248,7 +265,7 @@ def seed_everything(*seed: int) -> None:
     torch.manual_seed(state)
 
 
-def checksum(data) -> int:
+def checksum(data: tuple) -> int:
     """Of nested tuples of tensors and plain Python values; the same in each of several processes,
     or else a UserError.
     """
@@ -275,7 +292,7 @@ def keep_freed_memory() -> None:
 # ---------------------------------------------------------------- Command line
 
 
-def number(kind, low, high=10**9):
+def number(kind: type, low: float, high: float = 10**9) -> Callable:
     """An argparse type: an int or float from `low` to `high`, both included."""
     def parse(text):
         if low <= kind(text) <= high:
@@ -287,8 +304,10 @@ def number(kind, low, high=10**9):
 
 def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse.ArgumentParser:
     """A parser with the options that mean the same in every script, and the script's defaults."""
-    parser = argparse.ArgumentParser(script, description=doc, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        script, f"python {script} [options]", doc, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=26, width=80))
     parser.error = lambda message: parser.exit(2, f"{script}: error: {one_line(message)}\n")
     group = parser.add_argument_group("options that every script has")
     for flag, kind, metavar, meaning in (
@@ -313,7 +332,7 @@ def option_parser(script: str, doc: str, data_help: str, **defaults) -> argparse
     return parser
 
 
-def parse_options(parser, fixed=()) -> argparse.Namespace:
+def parse_options(parser: argparse.ArgumentParser, fixed: Sequence = ()) -> argparse.Namespace:
     """Parse the command line; with `--resume`, or started again by torchrun after a crash, behind
     the options in last.pt.
 
@@ -356,6 +375,7 @@ def write_file(path: Path, content: bytes) -> None:
 
     Of several processes the first alone writes.
     """
+    raise_lost_signal()
     if RANK:
         return
     temporary = path.with_name(f".{path.name}.tmp")
@@ -378,7 +398,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     write_file(path, buffer.getvalue())
 
 
-def save_epoch(folder: Path, history: list, best, last: dict) -> None:
+def save_epoch(folder: Path, history: list, best: dict | None, last: dict) -> None:
     """Write history.csv, best.pt if there is a new best epoch, and then last.pt."""
     rows = [history[0].keys(), *(row.values() for row in history)]
     table = "".join(",".join(map(str, row)) + "\n" for row in rows)
@@ -389,7 +409,7 @@ def save_epoch(folder: Path, history: list, best, last: dict) -> None:
 
 
 @contextlib.contextmanager
-def using(path: Path):
+def using(path: Path) -> Iterator[None]:
     """Whatever goes wrong while the content of a file is put to use becomes one line about it."""
     try:
         yield
@@ -451,7 +471,7 @@ def restore(path: Path, checkpoint: dict, state: dict, checksum: int) -> list:
 
 
 @contextlib.contextmanager
-def run_folder(out: str, resume: bool):
+def run_folder(out: str, resume: bool) -> Iterator[Path]:
     """Context of a training run: its folder, for it alone, with an earlier run moved aside unless
     it is resumed. A run that is interrupted says how to go on.
     """
@@ -498,7 +518,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list:
             {"params": others, "weight_decay": 0.0}]
 
 
-def warmup_cosine(optimizer, warmup: int, total: int):
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: float) -> Any:
     """Learning rate up to its peak in a line over `warmup` steps (Goyal et al., 2017), then to 0
     along half a cosine (Loshchilov and Hutter, 2017).
     """
@@ -509,7 +529,7 @@ def warmup_cosine(optimizer, warmup: int, total: int):
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def clip_gradients(model: nn.Module, clip: float, step: int, scaler) -> torch.Tensor:
+def clip_gradients(model: nn.Module, clip: float, step: int, scaler: Any) -> Tensor:
     """Scale the gradient down to the norm `clip` (0: leave it); return the norm it had.
 
     Raises UserError if it is not finite, before it can spoil the weights; where the loss is
@@ -522,10 +542,18 @@ def clip_gradients(model: nn.Module, clip: float, step: int, scaler) -> torch.Te
     return norm
 
 
-def epochs_since_best(history: list, metric: str, best=max) -> int:
+def epochs_since_best(history: list, metric: str, best: Callable = max) -> int:
     """For early stopping: how many epochs ago `metric` was at its best, the max or the min."""
     values = [row[metric] for row in history]
     return len(values) - 1 - values.index(best(values))
+
+
+def pace(history: list, epochs: int) -> str:
+    """How long the last epoch took, and the rest will: "9.6 s, 4 min left"."""
+    seconds = history[-1]["seconds"]
+    left = seconds * (epochs - history[-1]["epoch"])
+    rest = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
+    return f"{seconds:.1f} s, {rest} left"
 
 
 def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
@@ -542,12 +570,19 @@ def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
     save_figure(path, figure)
 
 
-def progress(iterable, description: str):
+class ProgressBar(tqdm):
+    def __iter__(self):
+        for item in super().__iter__():
+            raise_lost_signal()
+            yield item
+
+
+def progress(iterable: Iterable, description: str) -> ProgressBar:
     """A progress bar of 80 columns that stays silent in a log file."""
-    return tqdm(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
+    return ProgressBar(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
 
 
-def new_figure(rows: int, columns: int, inches, title: str):
+def new_figure(rows: int, columns: int, inches: tuple, title: str) -> tuple:
     """A Matplotlib figure that needs no display, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
     figure = Figure(inches, constrained_layout=True)
@@ -555,7 +590,7 @@ def new_figure(rows: int, columns: int, inches, title: str):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(path: Path, figure) -> None:
+def save_figure(path: Path, figure: Any) -> None:
     """Write a figure as PNG, in at most 8000 pixels a side, which take a quarter of a GiB."""
     if RANK:
         return
@@ -578,7 +613,7 @@ def plain(text: str) -> str:
 LARGEST_TABLE = 1024  # MiB; all of it is held in memory
 
 
-def read_table(path: str, names) -> list:
+def read_table(path: str, names: Sequence[str]) -> list:
     """Rows (line number, [cell, cell]) of a CSV or TSV file in UTF-8.
 
     The first row is a header if it has both `names`, and tells their columns; a file without one
@@ -619,7 +654,7 @@ def read_table(path: str, names) -> list:
 # ---------------------------------------------------------------- Images
 
 
-def read_image(path, size: int, channels: int) -> np.ndarray:
+def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
     """An image file of any size as uint8 (size, size, channels), channels 1 or 3.
 
     The shorter side is fitted, the longer one cropped about the centre. Raises UserError.
@@ -643,7 +678,7 @@ def read_image(path, size: int, channels: int) -> np.ndarray:
         raise UserError(f"{path}: not an image that can be read") from None
 
 
-def load_image_folder(folder: str, size: int, channels: int, labelled: bool = True):
+def load_image_folder(folder: str, size: int, channels: int, labelled: bool = True) -> tuple:
     """Load `train/<class>/`, with or without `val/` and `test/`, or just `<class>/`.
 
     Returns {"train": (images, labels), ...} and the class names; images are uint8
@@ -682,7 +717,7 @@ def load_image_folder(folder: str, size: int, channels: int, labelled: bool = Tr
     return loaded, classes
 
 
-def load_torchvision(name: str, data_dir: str):
+def load_torchvision(name: str, data_dir: str) -> tuple:
     """Load a torchvision data set from `data_dir`, after a download if it is not there.
 
     Returns what load_image_folder does, in the images' own size. Raises UserError if the set
@@ -731,7 +766,7 @@ def require_answer(url: str, seconds: int = 10) -> None:
         raise OSError(done.stderr.decode().strip().split("\n")[-1])
 
 
-def split_indices(labels: torch.Tensor, fraction: float, seed: int):
+def split_indices(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices (kept, held out) of a split that holds out `fraction` of each class's labels (N,)."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     held = torch.zeros(len(labels), dtype=torch.bool)

@@ -1,12 +1,11 @@
 """Shared by all tests: the scripts are importable, and `run` starts their real command line."""
 
+import multiprocessing
 import os
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 import pytest
@@ -16,67 +15,63 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# Child processes are forked from a server that has imported what takes seconds to import and has
+# computed nothing: else CUDA would not work in a fork, nor the autograd of PyTorch 1.7.
+CHILDREN = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
+if hasattr(os, "fork"):
+    CHILDREN.set_forkserver_preload(["pytest", "torch.distributed", "torchvision",
+                                     "matplotlib.backends.backend_agg"])
+
+
+def in_child(function, *arguments):
+    """Start a function in a process of its own; returns that process."""
+    process = CHILDREN.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
+def run_script(command, folder, env, streams):
+    """In a child: what `python *command` does there, its standard streams the three files."""
+    for number, (path, mode) in enumerate(zip(streams, "rww")):
+        with open(str(path), mode) as stream:
+            os.dup2(stream.fileno(), number)
+    sys.stdin, sys.stdout, sys.stderr = (open(n, mode) for n, mode in enumerate("rww"))
+    os.chdir(str(folder))
+    os.environ.update(env)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+class Started:
+    """A script that runs in a process of its own, as `python script *options` would in `folder`."""
+
+    def __init__(self, folder, script, *options, stdin="", env=None):
+        self.command = [str(ROOT / script), *map(str, options)]
+        self.kept = tempfile.TemporaryDirectory()  # which goes when this object does
+        self.streams = [Path(self.kept.name, name) for name in ("stdin", "stdout", "stderr")]
+        for path, content in zip(self.streams, (stdin, "", "")):
+            path.write_text(content, encoding="utf-8")
+        self.process = in_child(run_script, self.command, folder, env or {}, self.streams)
+
+    def output(self) -> str:
+        return self.streams[1].read_text(encoding="utf-8")
+
+    def wait(self):
+        """Wait for its end; returns what subprocess.run() would."""
+        self.process.join(300)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(self.command)
+        return subprocess.CompletedProcess(self.command, self.process.exitcode, self.output(),
+                                           self.streams[2].read_text(encoding="utf-8"))
+
 
 @pytest.fixture
 def run(tmp_path):
-    """run("cnn.py", "--epochs", 1): the finished process, its working directory tmp_path.
-
-    It is forked from this one, which has imported what takes seconds to import; with `fresh`, or
-    where that cannot be, it is a new interpreter.
-    """
-    import torch
-
-    def start(script, *options, status=0, stdin="", env=None, fresh=False):
-        command = [str(ROOT / script), *map(str, options)]
-        if fresh or torch.cuda.is_available() or not hasattr(os, "fork"):
-            done = subprocess.run([sys.executable, *command], cwd=str(tmp_path), input=stdin,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=300,
-                                  universal_newlines=True, env=dict(os.environ, **(env or {})))
-        else:
-            done = fork(command, tmp_path, stdin, env or {})()
+    """run("cnn.py", "--epochs", 1): the finished process, its working directory tmp_path."""
+    def start(script, *options, status=0, **settings):
+        done = Started(tmp_path, script, *options, **settings).wait()
         assert done.returncode == status, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
         return done
     return start
-
-
-def fork(command, folder, stdin="", env=None):
-    """Start `python *command` in a fork; returns a function that waits for it to end, and returns
-    what subprocess.run() would.
-    """
-    import matplotlib.backends.backend_agg  # noqa: F401
-    import torchvision  # noqa: F401
-    streams = [tempfile.TemporaryFile("w+") for _ in range(3)]
-    streams[0].write(stdin)
-    streams[0].seek(0)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.chdir(str(folder))
-            os.environ.update(env or {})
-            signal.alarm(300)
-            for number, stream in enumerate(streams):
-                os.dup2(stream.fileno(), number)
-            sys.stdin, sys.stdout, sys.stderr = (open(n, mode) for n, mode in enumerate("rww"))
-            sys.argv = command
-            sys.modules.pop("common", None)  # it reads the environment
-            runpy.run_path(command[0], run_name="__main__")
-            status = 0
-        except SystemExit as stop:
-            status = stop.code or 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-
-    def wait():
-        _, status = os.waitpid(child, 0)
-        status = os.WEXITSTATUS(status) if os.WIFEXITED(status) else -os.WTERMSIG(status)
-        for stream in streams:
-            stream.seek(0)
-        stdout, stderr = (stream.read() for stream in streams[1:])
-        return subprocess.CompletedProcess(command, status, stdout, stderr)
-    return wait

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from conftest import in_child
 from PIL import Image
 
 import common
@@ -80,7 +81,8 @@ def cases(parser, chance, count):
         yield [action.option_strings[-1]]
         good = [word for word in ODD if fits(action, word)]
         bad = [word for word in ODD if word not in good and fits(action, word, True)]
-        for word in (*chance.sample(bad, min(len(bad), 8)), *chance.sample(good, min(len(good), 3))):
+        some = chance.sample(bad, min(len(bad), 8)) + chance.sample(good, min(len(good), 3))
+        for word in some:
             if action.nargs != 0:
                 words = [word] * (action.nargs if isinstance(action.nargs, int) else 1)
                 yield [action.option_strings[-1], *words]
@@ -146,24 +148,17 @@ def play(name, count):
     return results
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the cases run in a forked child")
+def play_to(path, folder, *case):
+    os.chdir(str(folder))
+    path.write_text(json.dumps(play(*case)))
+
+
+@pytest.mark.skipif(not hasattr(signal, "alarm"), reason="a case that hangs ends by an alarm")
 @pytest.mark.parametrize("name, count", [("cnn", 60), ("rnn", 60), ("gan", 50),
                                          ("transformer", 60)])
 def test_any_options_end_well_or_in_one_line(tmp_path, name, count):
-    import matplotlib.backends.backend_agg  # noqa: F401
-    import torchvision  # noqa: F401
     (tmp_path / "work").mkdir()
-    child = os.fork()
-    if child == 0:
-        try:
-            os.chdir(str(tmp_path / "work"))
-            results = play(name, count)
-        except BaseException:
-            results = [[[], traceback.format_exc(), 0]]
-        finally:
-            (tmp_path / "results").write_text(json.dumps(results))
-            os._exit(0)
-    os.waitpid(child, 0)
+    in_child(play_to, tmp_path / "results", tmp_path / "work", name, count).join()
     results = json.loads((tmp_path / "results").read_text())
     wrong = [f"{name}.py {words}: {what}" for words, what, _ in results
              if what not in ("done", "refused")]

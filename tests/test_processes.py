@@ -11,12 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, fork
+from conftest import ROOT, Started
 
 import common
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available() or not hasattr(os, "fork"),
-                                reason="these processes are forked, which CUDA forbids")
 
 # Sizes that two processes cannot share out evenly, and that leave a last batch of odd size.
 TINY = {
@@ -36,11 +33,11 @@ def free_port() -> str:
 
 def launch(folder, count, script, *options):
     """Run a script in `count` processes with the environment that torchrun gives them."""
-    command, port = [str(ROOT / f"{script}.py"), *map(str, options), "--device", "cpu"], free_port()
-    waits = [fork(command, folder, env={
+    port = free_port()
+    started = [Started(folder, script, *options, "--device", "cpu", env={
         "WORLD_SIZE": str(count), "RANK": str(n), "LOCAL_RANK": str(n),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for n in range(count)]
-    done = [wait() for wait in waits]
+    done = [process.wait() for process in started]
     assert [process.returncode for process in done] == [0] * count, done
     return done
 
@@ -59,15 +56,15 @@ def metrics(folder, script):
 
 @pytest.mark.parametrize("script", list(TINY))
 def test_two_processes_report_what_one_does_and_one_goes_on(tmp_path, script):
-    first, second = launch(tmp_path, 2, script, *TINY[script].split(), "--out", "run",
-                           "--epochs", 2)
+    first, second = launch(tmp_path, 2, f"{script}.py", *TINY[script].split(), "--out",
+                           "run", "--epochs", 2)
     assert "training took" in first.stdout and second.stdout == ""
     assert first.stderr == second.stderr == ""
     measured = metrics(tmp_path / "run", script)
     # One process, on the same weights: nothing is left to train, so it measures and draws again.
-    launch(tmp_path, 1, script, "--out", "run", "--resume")
+    launch(tmp_path, 1, f"{script}.py", "--out", "run", "--resume")
     assert metrics(tmp_path / "run", script) == measured
-    launch(tmp_path, 1, script, "--out", "run", "--resume", "--epochs", 3)
+    launch(tmp_path, 1, f"{script}.py", "--out", "run", "--resume", "--epochs", 3)
     assert [row["epoch"] for row in history(tmp_path / "run")] == list("123" * RUNS[script])
 
 
@@ -89,19 +86,29 @@ STEPS = {
     "transformer": "--epochs 1 --label-smoothing 0"}
 
 
-@pytest.mark.parametrize("script", list(TINY))
-def test_two_processes_have_the_gradient_of_one(tmp_path, monkeypatch, script):
-    drawn, randn = torch.randn(1000, 100), torch.randn
+# Each process draws latent vectors of its own; here it takes its share of the same ones.
+SAME_LATENT = """
+import os, runpy, torch
+rank, world, randn = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.randn
+drawn = randn(1000, 100, generator=torch.Generator().manual_seed(0))
 
-    def share(count, *shape, **options):  # each process draws latent vectors of its own, but now
-        if shape != (100,) or options.get("generator"):
-            return randn(count, *shape, **options)
-        return drawn[int(os.environ["RANK"])::int(os.environ["WORLD_SIZE"])][:count]
-    monkeypatch.setattr(torch, "randn", share)
+def share(count, *shape, **options):
+    if shape != (100,) or options.get("generator"):
+        return randn(count, *shape, **options)
+    return drawn[rank::world][:count]
+torch.randn = share
+runpy.run_path({!r}, run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", list(TINY))
+def test_two_processes_have_the_gradient_of_one(tmp_path, script):
+    start = tmp_path / "start.py"
+    start.write_text(SAME_LATENT.format(str(ROOT / f"{script}.py")))
     options = [*TINY[script].split(), "--clip", 0, "--batch-size", 10**6, *STEPS[script].split(),
                "--precision", "float32"]
     for count in (1, 2):
-        launch(tmp_path, count, script, *options, "--out", f"run{count}")
+        launch(tmp_path, count, start, *options, "--out", f"run{count}")
     one, two = (gradients(common.load_checkpoint(tmp_path / f"run{n}" / "last.pt",
                                                  f"{script}.py")) for n in (1, 2))
     assert len(one) == len(two) > 5
@@ -132,10 +139,10 @@ def test_shares_are_of_one_batch_and_their_weights_make_its_mean(monkeypatch):
 
 def test_processes_with_different_data_end_in_one_line(tmp_path):
     port, options = free_port(), [*TINY["cnn"].split(), "--out", "run", "--device", "cpu"]
-    waits = [fork([str(ROOT / "cnn.py"), *options, "--seed", str(n)], tmp_path, env={
+    started = [Started(tmp_path, "cnn.py", *options, "--seed", n, env={
         "WORLD_SIZE": "2", "RANK": str(n), "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port}) for n in range(2)]
-    first, second = (wait() for wait in waits)
+    first, second = (process.wait() for process in started)
     assert (first.returncode, first.stderr) == (
         1, "process 0: another process of this run is gone\n")
     assert (second.returncode, second.stderr) == (
@@ -145,7 +152,7 @@ def test_processes_with_different_data_end_in_one_line(tmp_path):
 @pytest.mark.skipif(torch.__version__.startswith(("1.7", "1.8")), reason="no torchrun")
 def test_torchrun_starts_again_what_was_killed(tmp_path):
     options = [*TINY["cnn"].split(), "--epochs", "4", "--device", "cpu"]
-    launch(tmp_path, 2, "cnn", *options, "--out", "whole")
+    launch(tmp_path, 2, "cnn.py", *options, "--out", "whole")
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--max_restarts=3",
          f"--master_port={free_port()}", str(ROOT / "cnn.py"), *options, "--out", "cut"],

@@ -6,7 +6,6 @@ import copy
 import functools
 import importlib
 import io
-import json
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ import zlib
 
 import pytest
 import torch
+from conftest import CHILDREN, in_child
 from PIL import Image
 
 import common
@@ -255,3 +255,90 @@ def test_a_run_on_other_data_is_not_resumed(use, name):
     run, _ = place(name, "last.pt")
     message = use(name, "last.pt", replaced(load(name, "last.pt"), [*run, "data"], 12345))
     assert "is of a run on other data; start a new run" in message
+
+
+# ---------------------------------------------------------------- Images
+
+
+def png(width, height) -> bytes:
+    """A PNG file that says it is this large, with the pixels of one row."""
+    def chunk(kind, data):
+        ends = struct.pack(">I", len(data)), struct.pack(">I", zlib.crc32(kind + data))
+        return ends[0] + kind + data + ends[1]
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+            + chunk(b"IDAT", zlib.compress(bytes(1 + 3 * width))) + chunk(b"IEND", b""))
+
+
+def read_odd_images(folder, results):
+    """In a child: read the folder; how many images of each class, and how much memory it took."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    parts, classes = common.load_image_folder(str(folder), 32, 3)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    side, _ = gan.folder_format(str(folder))
+    results.put((classes, parts["train"][1].bincount().tolist(), side, grown))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs the files of POSIX")
+def test_odd_images_are_read_or_skipped_in_little_memory(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (40, 30)).save(str(tmp_path / name / "good.png"))
+    odd = tmp_path / "a"
+    whole = io.BytesIO()
+    Image.effect_noise((300, 300), 50).save(whole, "JPEG")
+    (odd / "truncated.jpg").write_bytes(whole.getvalue()[:5000])
+    (odd / "empty.png").write_bytes(b"")
+    (odd / "text.png").write_text("no image")
+    (odd / "bomb.png").write_bytes(png(60000, 60000))
+    Image.new("1", (10000, 10000)).save(str(odd / "large.png"))
+    # These three can be read.
+    Image.new("RGB", (1, 1)).save(str(odd / "1x1.png"))
+    Image.new("RGB", (1, 10**6)).save(str(odd / "tall.png"))
+    Image.new("RGB", (50, 50)).save(os.fsdecode(os.fsencode(str(odd)) + b"/\xff\xfe.png"))
+    (odd / "itself.png").symlink_to(odd / "itself.png")
+    (odd / "again").symlink_to(tmp_path)
+    os.mkfifo(str(odd / "pipe.png"))
+    results = CHILDREN.Queue()
+    child = in_child(read_odd_images, tmp_path, results)
+    classes, counts, side, grown = results.get(timeout=100)
+    child.join()
+    assert (classes, counts) == (["a", "b"], [4, 1])
+    assert side == 28  # the middle one of 1, 1, 30, 30, 50, 300 and 10,000, down to a multiple of 4
+    assert grown < 300 * 1024  # KiB; the largest image alone would take 10 GiB
+
+
+# ---------------------------------------------------------------- Tables
+
+
+LONG = "x" * 10**7
+TABLES = {
+    "NUL": ("text,label\na\0b,x\nc,y\n", None),
+    "long field": (f"text,label\n{LONG},x\n", "line 2: field larger than field limit (131072)"),
+    "long line": (f"text,label\na,x,{LONG}\n", "line 2: field larger than field limit (131072)"),
+    "open quote": ('text,label\n"a,x\nb,y\n', "line 3: unexpected end of data"),
+    "odd quote": ('text,label\n"a"b,x\n', "line 2: ',' expected after '\"'"),
+    "empty": ("", "too few rows of classes"),
+    "blank": ("\n\r\n \n", "line 3 needs a text, a tab or comma, and a label"),
+    "one column": ("text\na\n", "line 1 needs a text, a tab or comma, and a label")}
+
+
+@pytest.mark.parametrize("kind", list(TABLES))
+def test_odd_tables_are_one_line(capsys, tmp_path, kind):
+    content, expected = TABLES[kind]
+    path = tmp_path / "table.csv"
+    path.write_bytes(content.encode())
+    message = refusal(capsys, "rnn", ["--data", str(path), "--out", str(tmp_path / "run")])
+    assert len(message) < 300 and (expected is None or expected in message), message
+    assert f"--data {path}: " in message
+
+
+@pytest.mark.parametrize("start", ["", "\ufeff"])
+@pytest.mark.parametrize("ends", ["\n", "\r\n", "\r", "\n\r\n"])
+def test_any_line_ends_and_a_byte_order_mark_are_read(tmp_path, start, ends):
+    path = tmp_path / "table.csv"
+    lines = ["text,label", '"a ""quoted"", text",x', "b,y", ""]
+    path.write_bytes((start + ends.join(lines)).encode())
+    rows = common.read_table(str(path), ("text", "label"))
+    assert [cells for _, cells in rows] == [['a "quoted", text', "x"], ["b", "y"]]
