@@ -222,14 +222,14 @@ def like_lengths(lengths, apart=0.0) -> list:
 class NgramEmbedding(nn.Module):
     """The sum of embeddings of the last 1, 2, ..., `ngram` symbols (Bojanowski et al., 2017).
 
-    inputs: int64 (T, N) -> float (T, N, hidden). Those of two and more symbols have no vocabulary:
-    a hash numbers them, and some share a row.
+    inputs: int64 (T, N) -> float (T, N, hidden). Two symbols and more have no vocabulary: a hash
+    numbers them, and some share a row. In training each is left out with probability `dropout`.
     """
 
-    def __init__(self, symbols: int, hidden: int, ngram: int):
+    def __init__(self, symbols: int, hidden: int, ngram: int, dropout: float):
         super().__init__()
-        self.ngram, self.single = ngram, nn.Embedding(symbols, hidden)
-        self.longer = nn.Embedding(32749, hidden)
+        self.ngram, self.dropout = ngram, nn.Dropout(dropout)
+        self.single, self.longer = nn.Embedding(symbols, hidden), nn.Embedding(32749, hidden)
         nn.init.zeros_(self.longer.weight)  # what training never shows adds nothing
 
     def forward(self, inputs):
@@ -237,7 +237,8 @@ class NgramEmbedding(nn.Module):
         for _ in range(1, self.ngram):
             before = F.pad(number, (0, 0, 1, 0), value=END)[:-1]  # numbers at the step before
             number = (before * 1000003 + inputs) % self.longer.num_embeddings
-            total = total + self.longer(number)
+            kept = self.dropout(torch.ones(*inputs.shape, 1, device=inputs.device))
+            total = total + kept * self.longer(number)
         return total
 
 
@@ -253,7 +254,7 @@ class RNNClassifier(nn.Module):
                  ngram=1):
         super().__init__()
         self.input = (nn.Linear(symbols, hidden) if continuous else nn.Embedding(symbols, hidden)
-                      if ngram == 1 else NgramEmbedding(symbols, hidden, ngram))
+                      if ngram == 1 else NgramEmbedding(symbols, hidden, ngram, dropout))
         self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
         self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
