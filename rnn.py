@@ -219,26 +219,49 @@ def like_lengths(lengths, apart=0.0) -> list:
     return order.split(keys.unique_consecutive(return_counts=True)[1].tolist())
 
 
-class NgramEmbedding(nn.Module):
-    """The sum of embeddings of the last 1, 2, ..., `ngram` symbols (Bojanowski et al., 2017).
+def ngrams(inputs, base: int) -> list:
+    """The last 2, 3, 4 and 5 symbols at each step, each of them as one number in this base.
 
-    inputs: int64 (T, N) -> float (T, N, hidden). Two symbols and more have no vocabulary: a hash
-    numbers them, and some share a row. In training each is left out with probability `dropout`.
+    inputs: int64 (T, N), numbers below `base` -> four of the same shape. END stands before the
+    first symbol, and 0 is what would begin before that.
+    """
+    numbers, first = [inputs.contiguous()], END
+    for _ in range(4):
+        before = F.pad(numbers[-1], (0, 0, 1, 0), value=first)[:-1]  # those that end a step earlier
+        numbers.append((before * base + inputs) * (before > 0))
+        first = 0
+    return numbers[1:]
+
+
+def frequent_ngrams(part: Part, base: int):
+    """The numbers of n-grams that come at least three times in a part, in order, and a last one."""
+    valid = torch.arange(part.inputs.shape[1])[:, None] < part.lengths
+    numbers = torch.cat([number[valid] for number in ngrams(part.inputs.t(), base)])
+    values, counts = numbers.unique(return_counts=True)
+    return torch.cat([values[(counts > 2) & (values > 0)], torch.tensor([2**63 - 1])])
+
+
+class NgramEmbedding(nn.Module):
+    """The sum of embeddings of the last symbol and of the last 2 to 5 (Bojanowski et al., 2017).
+
+    inputs: int64 (T, N) -> float (T, N, hidden). `known` are the n-grams with an embedding, as
+    from frequent_ngrams(). In training each is left out with probability `dropout`.
     """
 
-    def __init__(self, symbols: int, hidden: int, ngram: int, dropout: float):
+    def __init__(self, symbols: int, hidden: int, known, dropout: float):
         super().__init__()
-        self.ngram, self.dropout = ngram, nn.Dropout(dropout)
-        self.single, self.longer = nn.Embedding(symbols, hidden), nn.Embedding(32749, hidden)
-        nn.init.zeros_(self.longer.weight)  # what training never shows adds nothing
+        self.single, self.dropout = nn.Embedding(symbols, hidden), nn.Dropout(dropout)
+        self.longer = nn.Embedding(len(known), hidden, padding_idx=len(known) - 1)
+        nn.init.zeros_(self.longer.weight)  # of unknown ones, the last row, it stays so
+        self.register_buffer("known", known)
 
     def forward(self, inputs):
-        total, number = self.single(inputs), inputs
-        for _ in range(1, self.ngram):
-            before = F.pad(number, (0, 0, 1, 0), value=END)[:-1]  # numbers at the step before
-            number = (before * 1000003 + inputs) % self.longer.num_embeddings
-            kept = self.dropout(torch.ones(*inputs.shape, 1, device=inputs.device))
-            total = total + kept * self.longer(number)
+        total = self.single(inputs)
+        for number in ngrams(inputs, self.single.num_embeddings):
+            row = torch.searchsorted(self.known, number)
+            row = row.masked_fill(self.known[row] != number, len(self.known) - 1)
+            kept = self.dropout(torch.ones(*row.shape, 1, device=row.device))
+            total = total + kept * self.longer(row)
         return total
 
 
@@ -251,10 +274,11 @@ class RNNClassifier(nn.Module):
 
     def __init__(self, symbols: int, classes: int, cell="lstm", backend="torch", hidden=64,
                  layers=1, dropout=0.0, memory=100, bidirectional=False, continuous=False,
-                 ngram=1):
+                 known=None):
         super().__init__()
-        self.input = (nn.Linear(symbols, hidden) if continuous else nn.Embedding(symbols, hidden)
-                      if ngram == 1 else NgramEmbedding(symbols, hidden, ngram, dropout))
+        self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
+        if known is not None:
+            self.input = NgramEmbedding(symbols, hidden, known, dropout)
         self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
         self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
@@ -341,8 +365,9 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
                "hidden": args.hidden, "layers": args.layers, "dropout": args.dropout,
                "memory": args.memory}
     if data.task == "classify":
-        options.update(classes=len(data.answers), bidirectional=args.bidirectional,
-                       ngram=args.ngram)
+        options.update(classes=len(data.answers), bidirectional=args.bidirectional)
+        if args.ngrams:
+            options["known"] = frequent_ngrams(data.train, len(data.symbols))
     checksum = common.checksum(data)
     run = runs.setdefault(f"{data.task} {cell}", {
         "task": data.task, "cell": cell, "options": options, "symbols": data.symbols,
@@ -593,8 +618,6 @@ def build_parser():
             ("--dropout", share, 0.0, "SHARE", "share of a layer's inputs zeroed in training"),
             ("--memory", common.number(float, 1), 100, "STEPS",
              "time that units keep what they hold, at most, before they learn"),
-            ("--ngram", common.number(int, 1, 9), 1, "N",
-             "symbols that a classifier sees at once, from a step back"),
             ("--teacher-forcing", share, 1.0, "SHARE", "share of true symbols a decoder is fed"),
             ("--synthetic-size", common.number(int, 100), 4000, "N", "strings; to sort, 3 times")):
         group.add_argument(flag, type=kind, default=default, metavar=metavar,
@@ -608,6 +631,8 @@ def build_parser():
     group.add_argument("--decay-teacher-forcing", action="store_true",
                        help="lower it in a line to 0 in the last epoch")
     group.add_argument("--bidirectional", action="store_true", help="classify by both ends")
+    group.add_argument("--ngrams", action="store_true",
+                       help="let a classifier see the last 2 to 5 symbols together at each step")
     group.add_argument("--predict", nargs="+", metavar="TEXT",
                        help="answer texts by best.pt in --out; - reads one a line from stdin")
     return parser
@@ -616,7 +641,7 @@ def build_parser():
 def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "tasks", "cells", "hidden", "layers", "dropout", "memory", "bidirectional",
-        "ngram", "synthetic_size"))
+        "ngrams", "synthetic_size"))
     device = common.select_device(args.device)
     common.keep_freed_memory()
     if args.predict:
