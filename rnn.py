@@ -212,18 +212,57 @@ def recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional=Fals
     return module
 
 
-def final_state(layers, embed, inputs, lengths):
-    """The state of each sequence after its own last step. Those of one length go together: no step
-    is padding, and none needs packing, which makes the library several times slower on the CPU.
-    """
+def like_lengths(lengths, apart=0.0) -> list:
+    """Indices of the sequences of each length, or of lengths at most a share `apart`."""
     lengths, order = lengths.sort()
-    counts = lengths.unique_consecutive(return_counts=True)[1].tolist()
-    states = [layers(embed(inputs[same, :n[0]].transpose(0, 1)))[1]  # of (T, N, hidden)
-              for same, n in zip(order.split(counts), lengths.split(counts))]
-    order = order.argsort()  # back to the order of the batch
-    if isinstance(states[0], tuple):
-        return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*states))
-    return torch.cat(states, 1)[:, order]
+    keys = (lengths.float().log() / apart).floor() if apart else lengths
+    return order.split(keys.unique_consecutive(return_counts=True)[1].tolist())
+
+
+def ngrams(inputs, base: int) -> list:
+    """The last 2, 3, 4 and 5 symbols at each step, each of them as one number in this base.
+
+    inputs: int64 (T, N), numbers below `base` -> four of the same shape. END stands before the
+    first symbol, and 0 is what would begin before that.
+    """
+    numbers, first = [inputs.contiguous()], END
+    for _ in range(4):
+        before = F.pad(numbers[-1], (0, 0, 1, 0), value=first)[:-1]  # those that end a step earlier
+        numbers.append((before * base + inputs) * (before > 0))
+        first = 0
+    return numbers[1:]
+
+
+def frequent_ngrams(part: Part, base: int):
+    """The numbers of n-grams that come at least three times in a part, in order, and a last one."""
+    valid = torch.arange(part.inputs.shape[1])[:, None] < part.lengths
+    numbers = torch.cat([number[valid] for number in ngrams(part.inputs.t(), base)])
+    values, counts = numbers.unique(return_counts=True)
+    return torch.cat([values[(counts > 2) & (values > 0)], torch.tensor([2**63 - 1])])
+
+
+class NgramEmbedding(nn.Module):
+    """The sum of embeddings of the last symbol and of the last 2 to 5 (Bojanowski et al., 2017).
+
+    inputs: int64 (T, N) -> float (T, N, hidden). `known` are the n-grams with an embedding, as
+    from frequent_ngrams(). In training each is left out with probability `dropout`.
+    """
+
+    def __init__(self, symbols: int, hidden: int, known, dropout: float):
+        super().__init__()
+        self.single, self.dropout = nn.Embedding(symbols, hidden), nn.Dropout(dropout)
+        self.longer = nn.Embedding(len(known), hidden, padding_idx=len(known) - 1)
+        nn.init.zeros_(self.longer.weight)  # of unknown ones, the last row, it stays so
+        self.register_buffer("known", known)
+
+    def forward(self, inputs):
+        total = self.single(inputs)
+        for number in ngrams(inputs, self.single.num_embeddings):
+            row = torch.searchsorted(self.known, number)
+            row = row.masked_fill(self.known[row] != number, len(self.known) - 1)
+            kept = self.dropout(torch.ones(*row.shape, 1, device=row.device))
+            total = total + kept * self.longer(row)
+        return total
 
 
 class RNNClassifier(nn.Module):
@@ -234,31 +273,30 @@ class RNNClassifier(nn.Module):
     """
 
     def __init__(self, symbols: int, classes: int, cell="lstm", backend="torch", hidden=64,
-                 layers=1, dropout=0.0, memory=100, bidirectional=False, continuous=False):
+                 layers=1, dropout=0.0, memory=100, bidirectional=False, continuous=False,
+                 known=None):
         super().__init__()
         self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
+        if known is not None:
+            self.input = NgramEmbedding(symbols, hidden, known, dropout)
         self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
         self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
 
-    def embed(self, inputs):
-        return self.dropout(self.input(inputs))
-
     def last_valid_step(self, inputs, lengths):
         """The last hidden state of each sequence (N, hidden); of both ends if bidirectional."""
-        if self.layers.bidirectional:
-            state = final_state(self.layers, self.embed, inputs, lengths)
-            hidden = state[0] if isinstance(state, tuple) else state  # (layers * 2, N, hidden)
-            return torch.cat([hidden[-2], hidden[-1]], 1)
-        # Lengths at most a tenth apart go together: in one direction, what little padding there is
-        # comes too late to change the last valid step.
-        lengths, order = lengths.sort()
-        bands = (lengths.float().log() / 0.1).floor().unique_consecutive(return_counts=True)[1]
-        last = []
-        for band, n in zip(order.split(bands.tolist()), lengths.split(bands.tolist())):
-            output, _ = self.layers(self.embed(inputs[band, :n[-1]].transpose(0, 1)))
-            last.append(output[n - 1, torch.arange(len(n))])  # of (T, n, hidden)
-        return torch.cat(last)[order.argsort()]
+        # The backward direction starts at the end, so it takes sequences of one length. Forward,
+        # padding comes too late to matter, and lengths at most a tenth apart go together. Packing
+        # would do for any, but makes the library several times slower on the CPU.
+        both, last = self.layers.bidirectional, []
+        groups = like_lengths(lengths, 0.0 if both else 0.1)
+        for group in groups:
+            n, width = lengths[group], self.layers.hidden_size
+            x = self.dropout(self.input(inputs[group, :n.max()].transpose(0, 1)))  # (T, n, hidden)
+            output, _ = self.layers(x)  # (T, n, width), or twice the width
+            ends = output[n - 1, torch.arange(len(n))]
+            last.append(torch.cat([ends[:, :width], output[0, :, width:]], 1) if both else ends)
+        return torch.cat(last)[torch.cat(groups).argsort()]
 
     def forward(self, inputs, lengths, targets=None, teacher_forcing=None):
         last = self.last_valid_step(inputs, lengths)
@@ -281,8 +319,18 @@ class Seq2Seq(nn.Module):
         self.decoder = recurrent(cell, backend, hidden, layers, dropout, memory)
         self.output = nn.Linear(hidden, symbols)
 
+    def encode(self, inputs, lengths):
+        """The encoder's state after each sequence's own last step; no step of it is padding."""
+        groups = like_lengths(lengths)
+        states = [self.encoder(self.embedding(inputs[group, :lengths[group[0]]].t()))[1]
+                  for group in groups]
+        order = torch.cat(groups).argsort()  # back to that of the batch
+        if isinstance(states[0], tuple):
+            return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*states))
+        return torch.cat(states, 1)[:, order]
+
     def forward(self, inputs, lengths, targets, teacher_forcing: float):
-        state = final_state(self.encoder, self.embedding, inputs, lengths)
+        state = self.encode(inputs, lengths)
         true = F.pad(targets.t().clamp(min=PAD), (0, 0, 1, 0), value=END)[:-1]  # (T, N)
         if teacher_forcing == 1:  # every input of the decoder is known: all steps in one call
             return self.output(self.decoder(self.embedding(true), state)[0]).transpose(0, 1)
@@ -318,6 +366,8 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
                "memory": args.memory}
     if data.task == "classify":
         options.update(classes=len(data.answers), bidirectional=args.bidirectional)
+        if args.ngrams:
+            options["known"] = frequent_ngrams(data.train, len(data.symbols))
     checksum = common.checksum(data)
     run = runs.setdefault(f"{data.task} {cell}", {
         "task": data.task, "cell": cell, "options": options, "symbols": data.symbols,
@@ -581,6 +631,8 @@ def build_parser():
     group.add_argument("--decay-teacher-forcing", action="store_true",
                        help="lower it in a line to 0 in the last epoch")
     group.add_argument("--bidirectional", action="store_true", help="classify by both ends")
+    group.add_argument("--ngrams", action="store_true",
+                       help="let a classifier see the last 2 to 5 symbols together at each step")
     group.add_argument("--predict", nargs="+", metavar="TEXT",
                        help="answer texts by best.pt in --out; - reads one a line from stdin")
     return parser
@@ -589,7 +641,7 @@ def build_parser():
 def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "tasks", "cells", "hidden", "layers", "dropout", "memory", "bidirectional",
-        "synthetic_size"))
+        "ngrams", "synthetic_size"))
     device = common.select_device(args.device)
     common.keep_freed_memory()
     if args.predict:

@@ -108,6 +108,50 @@ def test_classifier_padded_equals_alone(backend, cell, bidirectional, continuous
         assert torch.allclose(model(changed, lengths), together, atol=1e-6)
 
 
+def part_of(texts):
+    vocabulary = ["", "", "\n", *"abcde"]
+    inputs, lengths = rnn.encode(texts, vocabulary, rnn.PAD)
+    return rnn.Part(inputs, lengths, None), len(vocabulary)
+
+
+def test_frequent_ngrams_come_three_times_and_hold_no_padding():
+    part, base = part_of(["abc", "abd", "ab", "cd", "cdab"])
+    a, b = 3, 4
+    start = rnn.END * base + a
+    known = rnn.frequent_ngrams(part, base).tolist()
+    assert known[:-1] == [start, a * base + b, start * base + b]  # ^a, ab and ^ab
+
+
+def test_ngrams_end_at_their_step_and_unknown_ones_add_nothing():
+    torch.manual_seed(0)
+    part, base = part_of(3 * ["abcdeabcde"])
+    embedding = rnn.NgramEmbedding(base, 4, rnn.frequent_ngrams(part, base), 0.5).eval()
+    inputs = part.inputs[:1].t()
+    assert torch.equal(embedding(inputs), embedding.single(inputs))  # at first
+    with torch.no_grad():
+        embedding.longer.weight[:-1].normal_()
+    before = embedding(inputs)
+    assert not torch.equal(before[1], before[6])  # the same symbols, but one at the start
+    changed = inputs.clone()
+    changed[4] = 3
+    steps = (embedding(changed) != before).any(2).flatten()
+    assert torch.where(steps)[0].tolist() == [4, 5, 6, 7, 8]  # up to five symbols together
+    assert torch.equal(embedding(changed)[4], embedding.single(changed)[4])  # nothing known there
+
+
+def test_classifier_with_ngrams_padded_equals_alone():
+    torch.manual_seed(0)
+    part, base = part_of(3 * ["abcdeabcde", "cde", "a"])
+    model = rnn.RNNClassifier(base, 3, hidden=8, bidirectional=True,
+                              known=rnn.frequent_ngrams(part, base)).eval()
+    with torch.no_grad():
+        model.input.longer.weight[:-1].normal_()
+        together = model(part.inputs, part.lengths)
+        for i, n in enumerate(part.lengths.tolist()):
+            alone = model(part.inputs[i:i + 1, :n], part.lengths[i:i + 1])
+            assert torch.allclose(together[i:i + 1], alone, atol=1e-6)
+
+
 @pytest.mark.parametrize("backend", ["torch", "scratch"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
 @pytest.mark.parametrize("teacher_forcing", [0.0, 1.0])
@@ -286,7 +330,8 @@ def weights(out):
 
 
 def test_resume_is_bit_for_bit_and_loses_no_run(run, tmp_path):
-    run("rnn.py", *SMALL, "--out", "whole", "--dropout", 0.1, "--teacher-forcing", 0.5)
+    run("rnn.py", *SMALL, "--out", "whole", "--dropout", 0.1, "--teacher-forcing", 0.5,
+        "--ngrams")
     program = ("import rnn, common, sys\n"
                "saved, save = [], common.save_checkpoint\n"
                "def stop(path, checkpoint):\n"
@@ -297,7 +342,7 @@ def test_resume_is_bit_for_bit_and_loses_no_run(run, tmp_path):
                "common.save_checkpoint = stop\n"
                "common.run_main(rnn.main)\n")
     for stop, options in ((3, ["--dropout", "0.1", "--teacher-forcing", "0.5",
-                               *map(str, SMALL)]), (4, ["--resume"])):
+                               "--ngrams", *map(str, SMALL)]), (4, ["--resume"])):
         path = tmp_path / "job.py"
         path.write_text(program.replace("STOP", str(stop)))
         done = subprocess.run([sys.executable, str(path), "--out", "parts", *options],
@@ -320,7 +365,7 @@ def test_resume_is_bit_for_bit_and_loses_no_run(run, tmp_path):
 def test_own_data_and_prediction(run, tmp_path):
     write_table(tmp_path / "a.csv", words(120))
     run("rnn.py", "--data", "a.csv", "--epochs", 15, "--hidden", 16, "--batch-size", 16,
-        "--bidirectional", "--layers", 2)
+        "--bidirectional", "--layers", 2, "--ngrams")
     summary = json.loads((tmp_path / "runs/rnn/summary.json").read_text())
     assert summary["data"] == "a.csv"
     assert max(cell["accuracy"] for cell in summary["test"].values()) == 1.0
