@@ -423,7 +423,7 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
         history.append(row)
         print(f"{data.task} {cell:<4} epoch {epoch:3}/{args.epochs}   train loss "
               f"{row['train_loss']:.4f}   validation loss {validation_loss:.4f}, accuracy "
-              f"{row['validation_accuracy']:.2%}   {row['seconds']:.1f} s", flush=True)
+              f"{row['validation_accuracy']:.2%}   {common.pace(history, args.epochs)}", flush=True)
         best = common.epochs_since_best(history, "validation_accuracy") == 0
         if best:
             run["best"] = copy.deepcopy(model.state_dict())
@@ -577,7 +577,7 @@ def load_runs(path) -> dict:
     with common.using(path):
         for run in runs.values():
             build(run)
-            if {"cell", "history", "last", "data"} - set(run):
+            if {"cell", "history", "best", "last", "data"} - set(run):
                 raise ValueError("a run in it is not whole")
     return runs
 
