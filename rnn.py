@@ -9,17 +9,19 @@ Pictures, checkpoints and figures go to runs/rnn (--out). rnn.md explains every 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import sys
 import time
 from collections import Counter, namedtuple
 from pathlib import Path
+from typing import Any, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
 import common
@@ -38,7 +40,7 @@ Part = namedtuple("Part", "inputs lengths targets")
 Dataset = namedtuple("Dataset", "task symbols answers train validation test")
 
 
-def temporal_order(count: int, seed):
+def temporal_order(count: int, seed: Sequence[int]) -> tuple[list, list]:
     """Strings of 20 to 100 symbols, noise but for three X or Y, whose order is the label: problem
     6b of Hochreiter and Schmidhuber, 1997 (100 to 110 symbols there).
     """
@@ -52,14 +54,14 @@ def temporal_order(count: int, seed):
     return texts, labels
 
 
-def sorting(count: int, seed):
+def sorting(count: int, seed: Sequence[int]) -> tuple[list, list]:
     """Strings of 8 to 16 digits, and each of them sorted."""
     random = np.random.default_rng(seed)
     texts = ["".join(random.choice(list("0123456789"), n)) for n in random.integers(8, 17, count)]
     return texts, ["".join(sorted(text)) for text in texts]
 
 
-def encode(rows, vocabulary, padding: int):
+def encode(rows: Sequence, vocabulary: Sequence, padding: int) -> tuple[Tensor, Tensor]:
     """Numbers in the vocabulary, int64 (N, longest), and lengths (N,); nothing is one UNKNOWN."""
     number = {symbol: i for i, symbol in enumerate(vocabulary)}
     rows = [torch.tensor([number.get(symbol, UNKNOWN) for symbol in row[:LONGEST]] or [UNKNOWN])
@@ -67,7 +69,7 @@ def encode(rows, vocabulary, padding: int):
     return pad_sequence(rows, True, padding), torch.tensor([len(row) for row in rows])
 
 
-def load_data(args, task: str) -> Dataset:
+def load_data(args: argparse.Namespace, task: str) -> Dataset:
     """The data of one task: synthetic, or the texts of a file."""
     if args.data == "synthetic":  # sorting takes longer to learn, and less time for each
         generator, size = {"classify": (temporal_order, 1), "generate": (sorting, 3)}[task]
@@ -95,7 +97,7 @@ def load_data(args, task: str) -> Dataset:
     return Dataset(task, symbols, answers, *encoded)
 
 
-def batches(lengths, size: int, groups: int) -> list:
+def batches(lengths: Tensor, size: int, groups: int) -> list:
     """Indices of batches in random order, each of `groups` groups of sequences of like length."""
     order = (lengths + torch.rand(len(lengths))).argsort()  # at random within a length
     # Batch norm needs two sequences at least; equal parts of at most three or more have them.
@@ -104,7 +106,7 @@ def batches(lengths, size: int, groups: int) -> list:
     return [torch.cat(chunks[i:i + groups]) for i in range(0, len(chunks), groups)]
 
 
-def take(part: Part, indices, device) -> Part:
+def take(part: Part, indices: Tensor, device: torch.device) -> Part:
     """A batch, cut to its longest sequence."""
     lengths = part.lengths[indices]
     inputs = part.inputs[indices, :lengths.max()].to(device)
@@ -123,7 +125,7 @@ class Recurrent:
     directions * H) and the state of each sequence after its own last step.
     """
 
-    def forward(self, inputs, state=None):
+    def forward(self, inputs: Tensor | PackedSequence, state: Any = None) -> tuple:
         packed, directions = isinstance(inputs, PackedSequence), 2 if self.bidirectional else 1
         if self.batch_first and not packed:
             inputs = inputs.transpose(0, 1)
@@ -162,7 +164,7 @@ class Recurrent:
 class RNN(Recurrent, nn.RNN):
     """A plain recurrent network (Elman, 1990)."""
 
-    def step(self, x, state, weight, bias):
+    def step(self, x: Tensor, state: Sequence, weight: Tensor, bias: Tensor) -> tuple:
         """One step; x: W_ih x + b_ih, (N, gates * H) -> the new state, and its gates by name."""
         hidden, = state  # (N, H)
         return (torch.tanh(x + F.linear(hidden, weight, bias)),), {}
@@ -171,7 +173,7 @@ class RNN(Recurrent, nn.RNN):
 class LSTM(Recurrent, nn.LSTM):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997; forget gate: Gers et al., 2000)."""
 
-    def step(self, x, state, weight, bias):
+    def step(self, x: Tensor, state: Sequence, weight: Tensor, bias: Tensor) -> tuple:
         hidden, cell = state  # (N, H) each
         i, f, g, o = (x + F.linear(hidden, weight, bias)).chunk(4, 1)
         i, f, o = torch.sigmoid(i), torch.sigmoid(f), torch.sigmoid(o)
@@ -183,7 +185,7 @@ class LSTM(Recurrent, nn.LSTM):
 class GRU(Recurrent, nn.GRU):
     """Gated recurrent unit (Cho et al., 2014), with the reset gate after the product with W_hn."""
 
-    def step(self, x, state, weight, bias):
+    def step(self, x: Tensor, state: Sequence, weight: Tensor, bias: Tensor) -> tuple:
         hidden, = state  # (N, H)
         x_r, x_z, x_n = x.chunk(3, 1)
         h_r, h_z, h_n = F.linear(hidden, weight, bias).chunk(3, 1)
@@ -197,7 +199,8 @@ CELLS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
          "scratch": {"lstm": LSTM, "gru": GRU, "rnn": RNN}}
 
 
-def recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional=False) -> nn.Module:
+def recurrent(cell: str, backend: str, hidden: int, layers: int, dropout: float, memory: float,
+              bidirectional: bool = False) -> nn.Module:
     """Layers whose units at first keep what they hold for 1 to `memory` steps, by a bias of
     log(steps): chrono initialization, Tallec and Ollivier, 2018.
     """
@@ -212,14 +215,14 @@ def recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional=Fals
     return module
 
 
-def like_lengths(lengths, apart=0.0) -> list:
+def like_lengths(lengths: Tensor, apart: float = 0.0) -> list:
     """Indices of the sequences of each length, or of lengths at most a share `apart`."""
     lengths, order = lengths.sort()
     keys = (lengths.float().log() / apart).floor() if apart else lengths
     return order.split(keys.unique_consecutive(return_counts=True)[1].tolist())
 
 
-def ngrams(inputs, base: int) -> list:
+def ngrams(inputs: Tensor, base: int) -> list:
     """The last 2, 3, 4 and 5 symbols at each step, each of them as one number in this base.
 
     inputs: int64 (T, N), numbers below `base` -> four of the same shape. END stands before the
@@ -233,7 +236,7 @@ def ngrams(inputs, base: int) -> list:
     return numbers[1:]
 
 
-def frequent_ngrams(part: Part, base: int):
+def frequent_ngrams(part: Part, base: int) -> Tensor:
     """The numbers of n-grams that come at least three times in a part, in order, and a last one."""
     valid = torch.arange(part.inputs.shape[1])[:, None] < part.lengths
     numbers = torch.cat([number[valid] for number in ngrams(part.inputs.t(), base)])
@@ -248,14 +251,14 @@ class NgramEmbedding(nn.Module):
     from frequent_ngrams(). In training each is left out with probability `dropout`.
     """
 
-    def __init__(self, symbols: int, hidden: int, known, dropout: float):
+    def __init__(self, symbols: int, hidden: int, known: Tensor, dropout: float):
         super().__init__()
         self.single, self.dropout = nn.Embedding(symbols, hidden), nn.Dropout(dropout)
         self.longer = nn.Embedding(len(known), hidden, padding_idx=len(known) - 1)
         nn.init.zeros_(self.longer.weight)  # of unknown ones, the last row, it stays so
         self.register_buffer("known", known)
 
-    def forward(self, inputs):
+    def forward(self, inputs: Tensor) -> Tensor:
         total = self.single(inputs)
         for number in ngrams(inputs, self.single.num_embeddings):
             row = torch.searchsorted(self.known, number)
@@ -272,9 +275,10 @@ class RNNClassifier(nn.Module):
     the end; lengths: int64 (N,), on the CPU -> logits: float (N, classes). The rest is Seq2Seq's.
     """
 
-    def __init__(self, symbols: int, classes: int, cell="lstm", backend="torch", hidden=64,
-                 layers=1, dropout=0.0, memory=100, bidirectional=False, continuous=False,
-                 known=None):
+    def __init__(self, symbols: int, classes: int, cell: str = "lstm", backend: str = "torch",
+                 hidden: int = 64, layers: int = 1, dropout: float = 0.0, memory: float = 100,
+                 bidirectional: bool = False, continuous: bool = False,
+                 known: Tensor | None = None):
         super().__init__()
         self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
         if known is not None:
@@ -283,7 +287,7 @@ class RNNClassifier(nn.Module):
         self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
 
-    def last_valid_step(self, inputs, lengths):
+    def last_valid_step(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """The last hidden state of each sequence (N, hidden); of both ends if bidirectional."""
         # The backward direction starts at the end, so it takes sequences of one length. Forward,
         # padding comes too late to matter, and lengths at most a tenth apart go together. Packing
@@ -298,7 +302,8 @@ class RNNClassifier(nn.Module):
             last.append(torch.cat([ends[:, :width], output[0, :, width:]], 1) if both else ends)
         return torch.cat(last)[torch.cat(groups).argsort()]
 
-    def forward(self, inputs, lengths, targets=None, teacher_forcing=None):
+    def forward(self, inputs: Tensor, lengths: Tensor, targets: Tensor | None = None,
+                teacher_forcing: float | None = None) -> Tensor:
         last = self.last_valid_step(inputs, lengths)
         return self.output(self.dropout(self.batch_norm(last)))
 
@@ -311,15 +316,15 @@ class Seq2Seq(nn.Module):
     sampling, Bengio et al., 2015). With 0 it decodes greedily: of the targets only T matters.
     """
 
-    def __init__(self, symbols: int, cell="lstm", backend="torch", hidden=64, layers=1,
-                 dropout=0.0, memory=100):
+    def __init__(self, symbols: int, cell: str = "lstm", backend: str = "torch", hidden: int = 64,
+                 layers: int = 1, dropout: float = 0.0, memory: float = 100):
         super().__init__()
         self.embedding = nn.Embedding(symbols, hidden)
         self.encoder = recurrent(cell, backend, hidden, layers, dropout, memory)
         self.decoder = recurrent(cell, backend, hidden, layers, dropout, memory)
         self.output = nn.Linear(hidden, symbols)
 
-    def encode(self, inputs, lengths):
+    def encode(self, inputs: Tensor, lengths: Tensor) -> Tensor | tuple:
         """The encoder's state after each sequence's own last step; no step of it is padding."""
         groups = like_lengths(lengths)
         states = [self.encoder(self.embedding(inputs[group, :lengths[group[0]]].t()))[1]
@@ -329,7 +334,8 @@ class Seq2Seq(nn.Module):
             return tuple(torch.cat(tensors, 1)[:, order] for tensors in zip(*states))
         return torch.cat(states, 1)[:, order]
 
-    def forward(self, inputs, lengths, targets, teacher_forcing: float):
+    def forward(self, inputs: Tensor, lengths: Tensor, targets: Tensor,
+                teacher_forcing: float) -> Tensor:
         state = self.encode(inputs, lengths)
         true = F.pad(targets.t().clamp(min=PAD), (0, 0, 1, 0), value=END)[:-1]  # (T, N)
         if teacher_forcing == 1:  # every input of the decoder is known: all steps in one call
@@ -343,7 +349,7 @@ class Seq2Seq(nn.Module):
         return torch.stack(logits, 1)
 
 
-def build(run: dict, **changes) -> nn.Module:
+def build(run: dict, **changes: Any) -> nn.Module:
     """The network that a run's options describe, with its best weights if there are any yet."""
     model = {"classify": RNNClassifier, "generate": Seq2Seq}[run["task"]](
         **{**run["options"], **changes})
@@ -358,7 +364,8 @@ def build(run: dict, **changes) -> nn.Module:
 # ---------------------------------------------------------------- Training
 
 
-def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
+def train(args: argparse.Namespace, data: Dataset, cell: str, runs: dict, folder: Path,
+          device: torch.device) -> None:
     """Train a cell on a task; `runs` holds all runs so far, for last.pt, and takes this one."""
     common.seed_everything(args.seed)
     options = {"symbols": len(data.symbols), "cell": cell, "backend": args.backend,
@@ -437,7 +444,7 @@ def train(args, data: Dataset, cell: str, runs: dict, folder, device) -> None:
 # ---------------------------------------------------------------- Evaluation and pictures
 
 
-def predict_part(model, part: Part, device):
+def predict_part(model: nn.Module, part: Part, device: torch.device) -> tuple:
     """Mean loss; predictions and their probabilities, shaped as part.targets; (N,) which are
     right: of symbols, generated without teacher forcing, all must be, END included.
     """
@@ -460,12 +467,13 @@ def predict_part(model, part: Part, device):
     return loss / int(counted.sum()), predicted, probabilities, right
 
 
-def spell(answer, names) -> str:
+def spell(answer: Tensor, names: Sequence[str]) -> str:
     """The name of a class, or the symbols of a sequence up to END; always one line."""
     return "".join(names[max(i, PAD)] for i in answer.tolist()).split("\n")[0]
 
 
-def evaluate(args, tasks, runs, folder, device) -> None:
+def evaluate(args: argparse.Namespace, tasks: list, runs: dict, folder: Path,
+             device: torch.device) -> None:
     """Measure the best networks on the test parts; draw the pictures; write summary.json."""
     title, test = f"{', '.join(args.cells)} on {args.data}", {cell: {} for cell in args.cells}
     curves, axes = common.new_figure(len(tasks), 3, (13, 3.2 * len(tasks) + 0.3), title)
@@ -507,14 +515,14 @@ def evaluate(args, tasks, runs, folder, device) -> None:
     print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}")
 
 
-def draw_line(axis, x, y, label, xlabel, ylabel):
+def draw_line(axis: Any, x: Sequence, y: Sequence, label: str, xlabel: str, ylabel: str) -> None:
     axis.plot(x, y, ".-", label=label)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(True, alpha=0.3)
     axis.legend(frameon=False)
 
 
-def draw_predictions(axis, data, answers, hits):
+def draw_predictions(axis: Any, data: Dataset, answers: dict, hits: dict) -> None:
     """A table of eight test sequences, those first that most cells got wrong; errors in red."""
     shown = sum(hits.values()).argsort()[:8].tolist()
     rows = [["".join(data.symbols[i] for i in data.test.inputs[k, :50]),
@@ -529,7 +537,7 @@ def draw_predictions(axis, data, answers, hits):
     axis.axis("off")
 
 
-def gradient_norms(model, inputs, targets):
+def gradient_norms(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
     """Norm of the gradient of a sequence's loss at the state after each step: (T,), mean over N.
     The model has backend scratch; inputs (N, T) hold no padding.
     """
@@ -540,7 +548,8 @@ def gradient_norms(model, inputs, targets):
     return torch.stack(squares).view(inputs.shape[1], -1, len(inputs)).sum(1).sqrt().mean(1)
 
 
-def draw_memory(folder, title, data, args, runs):
+def draw_memory(folder: Path, title: str, data: Dataset, args: argparse.Namespace,
+                runs: dict) -> None:
     """The norm of the gradient, after training if the cell was trained, and the gates along one of
     the longest sequences.
     """
@@ -571,7 +580,7 @@ def draw_memory(folder, title, data, args, runs):
     common.save_figure(folder / "gates.png", figure)
 
 
-def load_runs(path) -> dict:
+def load_runs(path: Path) -> dict:
     """The runs in a best.pt or last.pt, each of which holds what it should."""
     runs = common.load_checkpoint(path, "rnn.py", "runs")["runs"]
     with common.using(path):
@@ -582,7 +591,7 @@ def load_runs(path) -> dict:
     return runs
 
 
-def predict(args, device) -> None:
+def predict(args: argparse.Namespace, device: torch.device) -> None:
     """Print `text <tab> answer <tab> probability` for each text of --predict."""
     path, texts = Path(args.out, "best.pt"), args.predict
     runs = load_runs(path).values()
@@ -604,7 +613,7 @@ def predict(args, device) -> None:
 # ---------------------------------------------------------------- Command line
 
 
-def build_parser():
+def build_parser() -> argparse.ArgumentParser:
     parser = common.option_parser(
         "rnn.py", __doc__, "synthetic, or a CSV or TSV file with columns text and label",
         data="synthetic", out="runs/rnn", epochs=12, batch_size=128, lr=3e-3, weight_decay=0.01,

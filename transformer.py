@@ -440,7 +440,8 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
     return row[-1]
 
 
-def write_targets(model: Transformer, vocabulary: Vocabulary, sources, beam: int = 1) -> dict:
+def write_targets(model: Transformer, vocabulary: Vocabulary, sources: Iterable,
+                  beam: int = 1) -> dict:
     """Free running: {source: (score, log-probability, target tokens)}, by beam_search()."""
     model.eval()
     sources, found = list(sources), {}
