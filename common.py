@@ -303,7 +303,7 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
 
 
 def option_parser(script: str, doc: str, data_help: str, epochs_help: str = "%(default)s",
-                  **defaults) -> argparse.ArgumentParser:
+                  **defaults: Any) -> argparse.ArgumentParser:
     """A parser with the options that mean the same in every script, and the script's defaults."""
     parser = argparse.ArgumentParser(
         script, f"python {script} [options]", doc, allow_abbrev=False,
@@ -423,7 +423,7 @@ def using(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged or does not fit: {reason}") from None
 
 
-def load_checkpoint(path: Path, script: str, *keys) -> dict:
+def load_checkpoint(path: Path, script: str, *keys: str) -> dict:
     """Load what `script` saved. Raises UserError if that is missing, damaged or another script's,
     or lacks one of the `keys`.
 
@@ -504,7 +504,7 @@ def run_folder(out: str, resume: bool) -> Iterator[Path]:
         raise
 
 
-def write_summary(path: Path, **facts) -> None:
+def write_summary(path: Path, **facts: Any) -> None:
     """Write summary.json: `facts`, and the versions of what computed them."""
     facts["versions"] = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
     write_file(path, (json.dumps(facts, indent=2) + "\n").encode())
