@@ -91,7 +91,7 @@ def tables(text):
         for row in table.splitlines()[2:]:
             own = re.findall(r"`(python \w+\.py[^`]*)`", row)
             if own or named:
-                yield own or named, re.findall(r"(\d[\d,]*(?:\.\d+)?)( %)?",
+                yield own or named, re.findall(r"(?<![A-Za-z]-)(?<![\w.,])(\d[\d,]*(?:\.\d+)?)( %)?",
                                                re.sub(r"`[^`]*`", "", row))
 
 
