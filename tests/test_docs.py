@@ -82,6 +82,9 @@ RESULTS = {result["command"]: result["measured"] for result in (
     json.loads(path.read_text(encoding="utf-8")) for path in ROOT.glob("tests/results/*.json"))}
 
 
+NUMBER = re.compile(r"(?<![A-Za-z]-)(?<![\w.,])(\d[\d,]*(?:\.\d+)?)( %)?")  # not that of CIFAR-10
+
+
 def tables(text):
     """Of each row of a table of results: what was measured by the command in it, or by those that
     the paragraph before the table names; and the row without it."""
@@ -91,8 +94,7 @@ def tables(text):
         for row in table.splitlines()[2:]:
             own = re.findall(r"`(python \w+\.py[^`]*)`", row)
             if own or named:
-                yield own or named, re.findall(r"(?<![A-Za-z]-)(?<![\w.,])(\d[\d,]*(?:\.\d+)?)( %)?",
-                                               re.sub(r"`[^`]*`", "", row))
+                yield own or named, NUMBER.findall(re.sub(r"`[^`]*`", "", row))
 
 
 def values(measured):
