@@ -1,7 +1,7 @@
 """Runs that are killed at random moments and resumed, again and again, until they are done.
 
-  python -m pytest tests/test_crashes.py               a few kills of each script
-  KILLS=50 python -m pytest -s tests/test_crashes.py   50 of each, with a count of when they came
+  python -m pytest tests/test_crashes.py                    a few kills of each script
+  KILLS=50 python -m pytest -n 0 -s tests/test_crashes.py   50 of each, and when they came
 """
 
 import csv
