@@ -257,12 +257,14 @@ def test_cifar10_files_in_place_are_used(monkeypatch):
         classes = ["a", "b"]
 
         def __init__(self, root, train=True):
-            self.data = np.zeros((20 if train else 10, 32, 32, 3), np.uint8)
+            planes = np.zeros((20 if train else 10, 3, 32, 32), np.uint8)
+            self.data = planes.transpose(0, 2, 3, 1)  # as torchvision keeps them
             self.targets = [0, 1] * (10 if train else 5)
     torchvision = pytest.importorskip("torchvision")
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", CIFAR10)
     parts, classes = common.load_torchvision("CIFAR10", "data")
     assert parts["train"][0].shape == (20, 32, 32, 3) and classes == ["a", "b"]
+    assert common.checksum(parts["train"]) != common.checksum(parts["test"])
 
 
 @pytest.mark.parametrize("options, message", [

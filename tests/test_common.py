@@ -247,6 +247,13 @@ def test_images_of_any_mode_and_size_are_read(tmp_path, mode, size):
         assert image.shape == (32, 32, channels) and image.dtype == np.uint8
 
 
+def test_images_of_16_bits_keep_their_range(tmp_path):
+    values = np.array([[0, 25600], [30000, 65535]], np.uint16)
+    Image.fromarray(values).save(str(tmp_path / "deep.png"))
+    image = common.read_image(tmp_path / "deep.png", 2, 1)
+    assert image[..., 0].tolist() == [[0, 100], [117, 255]]
+
+
 def test_an_image_is_cropped_about_its_centre(tmp_path):
     wide = np.zeros((10, 30, 3), np.uint8)
     wide[:, 10:20] = 200
