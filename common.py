@@ -184,7 +184,6 @@ def of_the_first(value: Any) -> Any:
 # ---------------------------------------------------------------- PyTorch from 1.7 to today
 
 HAS_AUTOCAST = hasattr(torch, "autocast")  # 1.10; before, float16 on CUDA alone
-SAFE_LOADING = "weights_only" in torch.load.__code__.co_varnames  # 1.13
 _cpu = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()  # old versions cannot tell
 CPU_HAS_BFLOAT16 = _cpu.get("avx512_bf16", False) or _cpu.get("amx_bf16", False)
 FUSED_ATTENTION = hasattr(nn.functional, "scaled_dot_product_attention")  # 2.0
@@ -193,6 +192,22 @@ DDP = nn.parallel.DistributedDataParallel
 DDP_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in DDP.__init__.__code__.co_varnames
                else "broadcast_buffers")
 FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
+
+
+def loads_safely() -> bool:
+    """Whether torch.load() can refuse to run code and yet take what checkpoints hold (1.13 cannot
+    take a float).
+    """
+    buffer = io.BytesIO()
+    torch.save({"": [0.5, 2**40, (True, None, torch.zeros(1))]}, buffer)
+    buffer.seek(0)
+    try:
+        return bool(torch.load(buffer, weights_only=True))
+    except Exception:
+        return False
+
+
+SAFE_LOADING = loads_safely()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -427,8 +442,8 @@ def load_checkpoint(path: Path, script: str, *keys: str) -> dict:
     """Load what `script` saved. Raises UserError if that is missing, damaged or another script's,
     or lacks one of the `keys`.
 
-    No code in the file is run, except below PyTorch 1.13: load only your own files there. The
-    first of several processes reads the file for all.
+    No code in the file is run, except on PyTorch 1.13 and below: load only your own files there.
+    The first of several processes reads the file for all.
     """
     with using(path):
         content = of_the_first(path.read_bytes() if RANK == 0 and path.is_file() else None)

@@ -132,7 +132,7 @@ class Payload:
         return os.mkdir, (self.path,)
 
 
-@pytest.mark.skipif(not common.SAFE_LOADING, reason="PyTorch below 1.13 cannot promise it")
+@pytest.mark.skipif(not common.SAFE_LOADING, reason="this PyTorch cannot promise it")
 def test_a_checkpoint_runs_no_code(tmp_path):
     trap = tmp_path / "trap"
     torch.save({"script": "cnn.py", "model": Payload(str(trap))}, str(tmp_path / "best.pt"))

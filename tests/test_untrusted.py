@@ -132,7 +132,7 @@ class Payload:
         return os.mkdir, ("trap",)
 
 
-@pytest.mark.skipif(not common.SAFE_LOADING, reason="PyTorch below 1.13 cannot promise it")
+@pytest.mark.skipif(not common.SAFE_LOADING, reason="this PyTorch cannot promise it")
 @BOTH
 @EACH
 def test_a_checkpoint_runs_no_code(use, name, file):
