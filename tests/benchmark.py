@@ -178,7 +178,7 @@ def train_transformer(folder, examples, *options):
 
 SCRIPTS = {
     "cnn": Script(train_cnn, "images", 128, [(cnn.CNN, "forward"), (cnn, "cross_entropy")], [()]),
-    "gan": Script(train_gan, "images", 8 * 64,  # every eighth step has a penalty
+    "gan": Script(train_gan, "images", 16 * 64,  # every 16th step has a penalty
                   [(gan.Generator, "forward"), (gan.Discriminator, "forward"),
                    (gan, "gradient_penalty"), (gan, "discriminator_loss"),
                    (gan, "generator_loss")], [()]),

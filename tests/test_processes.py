@@ -82,7 +82,7 @@ def gradients(value) -> list:
 STEPS = {
     "cnn": "--no-batch-norm --dropout 0 --crop 0 --no-flip --epochs 1",
     "rnn": "--tasks generate --epochs 1",
-    "gan": "--no-batch-norm --beta1 0 --lr 0 --epochs 8",  # the eighth has the gradient penalty
+    "gan": "--no-batch-norm --beta1 0 --lr 0 --epochs 16",  # the last has the gradient penalty
     "transformer": "--epochs 1 --label-smoothing 0"}
 
 
