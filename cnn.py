@@ -277,9 +277,9 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.d
             "validation_accuracy": accuracy(logits, data.validation.labels),
             "seconds": time.perf_counter() - start})
         row = history[-1]
-        print(f"epoch {epoch:3}/{args.epochs}   train loss {row['train_loss']:.3f}, "
-              f"{row['train_accuracy']:.1%} right   validation {row['validation_loss']:.3f}, "
-              f"{row['validation_accuracy']:.1%}   {common.pace(history, args.epochs)}", flush=True)
+        print(f"epoch {epoch:2}/{args.epochs}  train {row['train_loss']:.3f}, "
+              f"{row['train_accuracy']:.1%}  validation {row['validation_loss']:.3f}, "
+              f"{row['validation_accuracy']:.1%}  {common.pace(history, args.epochs)}", flush=True)
         best = common.epochs_since_best(history, "validation_accuracy") == 0 and {
             "script": "cnn.py", "model": model.state_dict(), "model_options": options,
             "classes": data.classes, "mirror": not args.no_flip, "metrics": row}
@@ -352,7 +352,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torc
                    f"{title}: test accuracy {test['accuracy']:.2%}")
     draw_predictions(folder / "predictions.png", data, logits, title)
     draw_filters(folder / "filters.png", model, title)
-    print(f"\ntest on {data.name} ({len(labels)} images, weights of epoch {test['best_epoch']}): "
+    print(f"\ntest on {data.name}, {len(labels)} images, weights of epoch {test['best_epoch']}:\n"
           f"accuracy {test['accuracy']:.2%}, top-3 {test['top3']:.2%}, "
           f"calibration error {test['calibration_error']:.3f}")
     for name, value in test["per_class"].items():
@@ -476,15 +476,14 @@ def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "widths", "units", "hidden", "dropout", "no_batch_norm", "synthetic_size"))
     device = common.select_device(args.device)
-    common.keep_freed_memory()
     if args.predict:
         predict(args, device)
         return
     data = load_data(args)
     args.data = data.name  # so that a resumed run cannot end up on another set
-    print(f"{data.name}: {len(data.train.labels)} images to train on, "
-          f"{len(data.validation.labels)} to validate, {len(data.test.labels)} to test; "
-          f"{len(data.classes)} classes; on {device}")
+    print(f"{data.name}, {len(data.classes)} classes, on {device}: images to train "
+          f"{len(data.train.labels)}, validate {len(data.validation.labels)}, test "
+          f"{len(data.test.labels)}")
     with common.run_folder(args.out, args.resume) as folder:
         history = train(args, data, folder, device)
         evaluate(args, data, folder, device, history)

@@ -49,27 +49,25 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM, raised where the program stands, so that `with` and `finally` still run."""
 
 
-LOST = []  # Python drops what is raised in a callback of its garbage collector, Ctrl-C as well
+STOPPED_BY = []  # the exception of a signal: Python drops one raised while it collects garbage
 
 
 def raise_lost_signal() -> None:
-    """Raise again what run_main() has seen dropped; from Python 3.8 on."""
-    if LOST:
-        raise LOST[0]
+    """Raise again what a signal has raised, if Python has dropped it."""
+    if STOPPED_BY:
+        raise STOPPED_BY[0]
 
 
 def run_main(main: Callable) -> None:
     """Run `main()`; a UserError is one line and exit status 2, Ctrl-C is 130, SIGTERM 143."""
-    def terminate(signal_number, frame):
-        raise Terminated
-
-    def keep(dropped):
-        if not issubclass(dropped.exc_type, KeyboardInterrupt):
-            sys.__unraisablehook__(dropped)
-        elif not LOST:
-            LOST.append(dropped.exc_type)
-    signal.signal(signal.SIGTERM, terminate)
-    sys.unraisablehook = keep
+    def stop(signal_number, frame):
+        STOPPED_BY.append(Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt)
+        raise STOPPED_BY[0]
+    for number in signal.SIGINT, signal.SIGTERM:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background
+            signal.signal(number, stop)
+    sys.unraisablehook = lambda dropped: STOPPED_BY or sys.__unraisablehook__(dropped)
+    keep_freed_memory()
     # What PyTorch warns of differs from version to version, and is in order here.
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
     if RANK:
@@ -191,23 +189,9 @@ DDP = nn.parallel.DistributedDataParallel
 # For running statistics of each process's own; the name changed in 2.15.
 DDP_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in DDP.__init__.__code__.co_varnames
                else "broadcast_buffers")
+# torch.load() that runs no code; that of 1.13 refuses every float.
+SAFE_LOADING = {"weights_only": True} if int(torch.__version__.split(".")[0]) > 1 else {}
 FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
-
-
-def loads_safely() -> bool:
-    """Whether torch.load() can refuse to run code and yet take what checkpoints hold (1.13 cannot
-    take a float).
-    """
-    buffer = io.BytesIO()
-    torch.save({"": [0.5, 2**40, (True, None, torch.zeros(1))]}, buffer)
-    buffer.seek(0)
-    try:
-        return bool(torch.load(buffer, weights_only=True))
-    except Exception:
-        return False
-
-
-SAFE_LOADING = loads_safely()
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
@@ -455,8 +439,7 @@ def load_checkpoint(path: Path, script: str, *keys: str) -> dict:
         damaged = archive.testzip()  # by checksums; PyTorch has none
         if damaged:
             raise ValueError(f"{damaged} is not what was written")
-        safe = {"weights_only": True} if SAFE_LOADING else {}
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", **safe)
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", **SAFE_LOADING)
         if checkpoint["script"] != script:
             raise UserError(f"{path} was written by {checkpoint['script']}, not by {script}")
         if not checkpoint.keys() >= set(keys):
@@ -568,10 +551,11 @@ def epochs_since_best(history: list, metric: str, best: Callable = max) -> int:
 
 def pace(history: list, epochs: int) -> str:
     """How long the last epoch took, and the rest will: "9.6 s, 4 min left"."""
-    seconds = history[-1]["seconds"]
-    left = seconds * (epochs - history[-1]["epoch"])
-    rest = f"{left:.0f} s" if left < 100 else f"{left / 60:.0f} min"
-    return f"{seconds:.1f} s, {rest} left"
+    def text(seconds):
+        return (f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 100 else
+                f"{seconds / 60:.0f} min")
+    seconds, epoch = history[-1]["seconds"], history[-1]["epoch"]
+    return f"{text(seconds)}, {text(seconds * (epochs - epoch))} left"
 
 
 def plot_history(path: Path, history: list, title: str, panels: dict) -> None:

@@ -335,9 +335,8 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, images_folder: 
         row["density"], row["coverage"] = density_coverage(real_features, features)
         row["seconds"] = time.perf_counter() - start
         history.append(row)
-        print("epoch {epoch:3}/{}   losses {discriminator_loss:.3f}, {generator_loss:.3f}   right "
-              "on real {real_accuracy:.1%}, on generated {fake_accuracy:.1%}   Fréchet distance "
-              "{frechet:.3f}, coverage {coverage:.1%}   {}".format(
+        print("epoch {epoch:2}/{}  losses {discriminator_loss:.2f}, {generator_loss:.2f}  Fréchet "
+              "{frechet:.3f}, coverage {coverage:.0%}  {}".format(
                   args.epochs, common.pace(history, args.epochs), **row), flush=True)
         won = [min(r["real_accuracy"], r["fake_accuracy"]) > 0.99 for r in history]
         if won[-3:] == [True] * 3 and won[-4:-3] != [True]:
@@ -458,12 +457,12 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, images_folde
         frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[min(500, 10000 // len(frames))] * (len(frames) - 1) + [2000])
         common.write_file(images_folder / "progress.gif", buffer.getvalue())
-    print("\ntest on {} ({} images, weights of epoch {best_epoch}; real training images in "
-          "brackets):\nFréchet distance {frechet:.3f} ({frechet_floor:.3f}), density {density:.2f} "
+    print("\ntest on {}, {} images, weights of epoch {best_epoch} (in brackets, real images):\n"
+          "Fréchet distance {frechet:.3f} ({frechet_floor:.3f}), density {density:.2f} "
           "({density_floor:.2f}), coverage {coverage:.1%} ({coverage_floor:.1%})".format(
               data.name, count, **test))
-    print(f"training took {seconds:.0f} s; generated images are in {args.images}, checkpoints and "
-          f"curves in {args.out}\ndraw more with: python gan.py --out {args.out} --images "
+    print(f"training took {seconds:.0f} s; generated images are in {args.images},\ncheckpoints and "
+          f"curves in {args.out}; draw more with:\npython gan.py --out {args.out} --images "
           f"{args.images} --sample 100")
 
 
@@ -556,16 +555,15 @@ def main() -> None:
     args = common.parse_options(build_parser(), fixed=(
         "data", "seed", "latent", "width", "no_batch_norm", "synthetic_size", "images"))
     device = common.select_device(args.device)
-    common.keep_freed_memory()
     if args.sample:
         draw_samples(args, device)
         return
     data = load_data(args)
     args.data = data.name  # so that a resumed run cannot end up on another set
     args.epochs = args.epochs or default_epochs(len(data.train))
-    print(f"{data.name}: {len(data.train)} images to train on, {len(data.validation)} to validate, "
-          f"{len(data.test)} to test; {data.train.shape[1]} pixels square, "
-          f"{data.train.shape[3]} channels; on {device}")
+    size = "x".join(map(str, data.train.shape[1:]))
+    print(f"{data.name}, {size}, on {device}: images to train {len(data.train)}, validate "
+          f"{len(data.validation)}, test {len(data.test)}")
     with common.run_folder(args.out, args.resume) as folder:
         images_folder = Path(args.images)
         if not args.resume and common.RANK == 0 and any(images_folder.glob("epoch_*.png")):

@@ -428,9 +428,9 @@ def train(args: argparse.Namespace, data: Dataset, cell: str, runs: dict, folder
                "validation_accuracy": hits.mean().item(), "sequences_per_second": speed,
                "seconds": time.perf_counter() - start}
         history.append(row)
-        print(f"{data.task} {cell:<4} epoch {epoch:3}/{args.epochs}   train loss "
-              f"{row['train_loss']:.4f}   validation loss {validation_loss:.4f}, accuracy "
-              f"{row['validation_accuracy']:.2%}   {common.pace(history, args.epochs)}", flush=True)
+        print(f"{data.task} {cell:4} {epoch:2}/{args.epochs}  train {train_loss:.3f}  "
+              f"validation {validation_loss:.3f}, {row['validation_accuracy']:.2%}  "
+              f"{common.pace(history, args.epochs)}", flush=True)
         best = common.epochs_since_best(history, "validation_accuracy") == 0
         if best:
             run["best"] = copy.deepcopy(model.state_dict())
@@ -512,7 +512,8 @@ def evaluate(args: argparse.Namespace, tasks: list, runs: dict, folder: Path,
     seconds = sum(row["seconds"] for run in runs.values() for row in run["history"])
     common.write_summary(folder / "summary.json", script="rnn.py", data=args.data,
                          options=vars(args), test=test, seconds=seconds)
-    print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}")
+    print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}\n"
+          f"answer texts of your own with: python rnn.py --out {args.out} --predict TEXT ...")
 
 
 def draw_line(axis: Any, x: Sequence, y: Sequence, label: str, xlabel: str, ylabel: str) -> None:
@@ -652,7 +653,6 @@ def main() -> None:
         "data", "seed", "tasks", "cells", "hidden", "layers", "dropout", "memory", "bidirectional",
         "ngrams", "synthetic_size"))
     device = common.select_device(args.device)
-    common.keep_freed_memory()
     if args.predict:
         predict(args, device)
         return
@@ -664,8 +664,9 @@ def main() -> None:
     with common.run_folder(args.out, args.resume) as folder:
         runs = load_runs(folder / "last.pt") if args.resume else {}
         for data in tasks:
-            print(f"{data.task}, {args.data}: {len(data.train.lengths)} sequences to train on, "
-                  f"{len(data.validation.lengths)} to validate, {len(data.test.lengths)} to test")
+            print(f"{data.task}, {args.data}, on {device}: sequences to train "
+                  f"{len(data.train.lengths)}, validate {len(data.validation.lengths)}, test "
+                  f"{len(data.test.lengths)}")
             for cell in args.cells:
                 train(args, data, cell, runs, folder, device)
         evaluate(args, tasks, runs, folder, device)

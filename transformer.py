@@ -364,9 +364,9 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.d
                         "train_loss": loss, "train_token_accuracy": share,
                         **{f"validation_{name}": validation[name] for name in METRICS},
                         "seconds": time.perf_counter() - start})
-        print(f"epoch {epoch:3}/{args.epochs}   train loss {loss:.3f}, tokens {share:.2%}",
-              f"validation {describe(validation)}", common.pace(history, args.epochs), sep="   ",
-              flush=True)
+        print(f"epoch {epoch:2}/{args.epochs}  train {loss:.2f}  validation "
+              f"{validation['loss']:.2f}, exact match {validation['exact_match']:.1%}  "
+              f"{common.pace(history, args.epochs)}", flush=True)
         best = common.epochs_since_best(history, BEST) == 0 and {
             "script": "transformer.py", "model": model.state_dict(), "model_options": options,
             "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],
@@ -502,12 +502,12 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torc
     beam = {"width": args.beam, **compare(wider, data.test),
             "better": sum(gain > 0 for gain in gains), "worse": sum(gain < 0 for gain in gains)}
     test.update(beam=beam, best_epoch=checkpoint["metrics"]["epoch"])
-    print(f"\ntest on {data.name}, weights of epoch {test['best_epoch']}: {describe(test)}\n"
-          f"beam {args.beam}: {describe(beam)}; its score is better than greedy for "
-          f"{beam['better']} of {len(greedy)} sources, worse for {beam['worse']}")
+    print(f"\ntest on {data.name}, {len(greedy)} sources, weights of epoch {test['best_epoch']}:\n"
+          f"{describe(test)}\nbeam {args.beam}: {describe(beam)},\n"
+          f"scores better than greedy: {beam['better']}, worse: {beam['worse']}")
     if data.longer:
         test["longer"], _ = measure(model, vocabulary, data.longer)
-        print(f"sources longer than any in training: {describe(test['longer'])}")
+        print(f"sources longer than any in training:\n{describe(test['longer'])}")
     rows = [(greedy[source][-1] in targets, source, greedy[source][-1])
             for source, targets in data.test.items()]
     for right, source, target in rows[:4] + [row for row in rows[4:] if not row[0]][:4]:
@@ -525,7 +525,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torc
     _, *pair = max(rows, key=lambda row: (row[0], min(len(row[1]), 16)))
     draw(folder, title, model, vocabulary, pair, test)
     print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}\n"
-          f"write targets of your own with: python transformer.py --out {args.out} --predict TEXT")
+          f"write targets with: python transformer.py --out {args.out} --predict TEXT ...")
 
 
 def draw(folder: Path, title: str, model: Transformer, vocabulary: Vocabulary, pair: Sequence,
@@ -642,14 +642,13 @@ def main() -> None:
     if args.d_model % args.heads or args.d_model % 2:
         raise common.UserError("--d-model must be even, and a multiple of --heads")
     device = common.select_device(args.device)
-    common.keep_freed_memory()
     if args.predict:
         predict(args, device)
         return
     with common.run_folder(args.out, args.resume) as folder:
         data = load_data(args)
-        print(f"{data.name}: {len(data.train)} sources to train on, {len(data.validation)} to "
-              f"validate, {len(data.test)} to test; {len(data.vocabulary.tokens)} tokens; {device}")
+        print(f"{data.name}, {len(data.vocabulary.tokens)} tokens, on {device}: sources to train "
+              f"{len(data.train)}, validate {len(data.validation)}, test {len(data.test)}")
         history = train(args, data, folder, device)
         evaluate(args, data, folder, device, history)
 

@@ -168,7 +168,8 @@ def test_it_learns_writes_everything_and_predicts(run, tmp_path):
         with Image.open(str(out / (picture + ".png"))) as image:
             assert min(image.size) > 100
     assert f"accuracy {summary['test']['accuracy']:.2%}" in done.stdout
-    assert "epoch   5/5" in done.stdout and done.stderr == ""
+    assert "epoch  5/5" in done.stdout and done.stderr == ""
+    assert max(map(len, done.stdout.splitlines())) <= 80
 
     part = cnn.synthetic_shapes(40, seed=99)
     for i, image in enumerate(part.images):
@@ -194,7 +195,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path, stop, sta
     process = subprocess.Popen(command, cwd=str(tmp_path), stdout=subprocess.PIPE,
                                universal_newlines=True)
     for line in process.stdout:
-        if line.startswith("epoch   2/4"):
+        if line.startswith("epoch  2/4"):
             process.send_signal(stop)
             break
     assert process.communicate(timeout=60)[0].endswith("--out cut --resume\n")
@@ -227,7 +228,7 @@ def test_own_images_train_from_a_folder(run, tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.numpy()).resize((50, 40)).save(str(folder / f"{i}.jpg"))
     done = run("cnn.py", *TINY, "--data", "photos", "--epochs", 1)
-    assert "photos: 60 images to train on, 10 to validate, 10 to test; 10 classes" in done.stdout
+    assert "photos, 10 classes, on cpu: images to train 60, validate 10, test 10" in done.stdout
     checkpoint = common.load_checkpoint(tmp_path / "runs" / "cnn" / "best.pt", "cnn.py")
     assert checkpoint["classes"] == sorted(cnn.SHAPES)
 

@@ -176,9 +176,7 @@ def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("place", [
-    "signal.pause()",
-    pytest.param("del killer\n        for _ in common.progress(range(10**9), ''): pass",
-                 marks=pytest.mark.skipif(sys.version_info < (3, 8), reason="it gets lost there"))])
+    "signal.pause()", "del killer\n        for _ in common.progress(range(10**9), ''): pass"])
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, number, status, place):
     code = f"""
@@ -200,7 +198,8 @@ common.run_main(main)
     done = subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, timeout=100,
                           env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert (done.returncode, done.stderr) == (status, b"")
+    assert done.returncode == status
+    assert done.stderr == b"" or sys.version_info < (3, 8)  # it tells there what it drops
     assert done.stdout.decode() == ("\ninterrupted; go on with: "
                                     "python cnn.py --out 'my run' --resume\n")
 

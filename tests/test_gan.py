@@ -60,8 +60,7 @@ def test_a_folder_of_mixed_sizes_and_modes(run, tmp_path):
                         ).convert(mode).save(str(place / f"{i}.png"))
     (folder / "broken.png").write_text("no image")
     done = run("gan.py", *TINY, "--data", "photos", "--epochs", 1)
-    assert ("photos: 97 images to train on, 11 to validate, 12 to test; 40 pixels square, "
-            "3 channels") in done.stdout
+    assert "photos, 40x40x3, on cpu: images to train 97, validate 11, test 12" in done.stdout
     assert done.stderr == ("warning: skipped 1 files: photos/broken.png: not an image that can be "
                            "read\n")
 
@@ -96,8 +95,8 @@ def test_cifar10_as_torchvision_keeps_it(monkeypatch, tmp_path, capsys):
     options = [*TINY, "--data", "cifar10", "--epochs", 1]
     monkeypatch.setattr(sys, "argv", ["gan.py", *map(str, options)])
     gan.main()
-    assert ("cifar10: 130 images to train on, 20 to validate, 30 to test; 32 pixels square, "
-            "3 channels") in capsys.readouterr().out
+    assert ("cifar10, 32x32x3, on cpu: images to train 130, validate 20, test 30"
+            in capsys.readouterr().out)
     data = gan.load_data(gan.build_parser().parse_args(["--data", "cifar10"]))
     assert data.test[7].equal(torch.tensor(rows[157].reshape(3, 32, 32)).permute(1, 2, 0))
 
@@ -237,7 +236,8 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path):
             assert min(image.size) > 100
     with Image.open(str(images / "progress.gif")) as animation:
         assert animation.n_frames == 6
-    assert done.stderr == "" and "epoch   6/6" in done.stdout
+    assert done.stderr == "" and "epoch  6/6" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert done.stdout.endswith("python gan.py --out runs/gan --images images --sample 100\n")
 
     printed = run("gan.py", "--sample", 7).stdout.splitlines()
@@ -258,7 +258,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
     process = subprocess.Popen(command, cwd=str(tmp_path), stdout=subprocess.PIPE,
                                universal_newlines=True)
     for line in process.stdout:
-        if line.startswith("epoch   2/4"):
+        if line.startswith("epoch  2/4"):
             process.send_signal(signal.SIGTERM)
             break
     assert process.communicate(timeout=60)[0].endswith("--out cut --resume\n")

@@ -158,13 +158,13 @@ def test_torchrun_starts_again_what_was_killed(tmp_path):
          f"--master_port={free_port()}", str(ROOT / "cnn.py"), *options, "--out", "cut"],
         cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     for line in process.stdout:
-        if line.startswith("epoch   2/4"):
+        if line.startswith("epoch  2/4"):
             children = Path("/proc/{0}/task/{0}/children".format(process.pid)).read_text().split()
             os.kill(int(children[-1]), signal.SIGKILL)
             break
     rest, errors = process.communicate(timeout=200)
     assert process.returncode == 0, errors
-    assert "Traceback" not in errors and "epoch   4/4" in rest and "epoch   1/4" not in rest
+    assert "Traceback" not in errors and "epoch  4/4" in rest and "epoch  1/4" not in rest
     assert history(tmp_path / "cut") == history(tmp_path / "whole")
     whole, cut = (common.load_checkpoint(tmp_path / out / "last.pt", "cnn.py")["model"]
                   for out in ("whole", "cut"))

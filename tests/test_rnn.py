@@ -315,6 +315,7 @@ def test_default_job_small(run, tmp_path):
     for cell in summary["test"].values():
         assert 0 <= cell["accuracy"] <= 1 and 0 <= cell["exact_match"] <= 1
     assert len((out / "history.csv").read_text().splitlines()) == 1 + 3 * 2 * 2
+    assert max(map(len, done.stdout.splitlines())) <= 80
     table = done.stdout[done.stdout.index("task      cell"):].splitlines()
     assert len(table) >= 7 and table[1].startswith("classify  lstm")
     line = run("rnn.py", "--predict", "EaXbYcXdB").stdout
@@ -410,7 +411,7 @@ def test_sigterm_ends_cleanly(tmp_path):
                                cwd=str(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                universal_newlines=True)
     for line in process.stdout:
-        if "epoch   1/" in line:
+        if "lstm  1/" in line:
             break
     time.sleep(0.5)
     process.send_signal(signal.SIGTERM)

@@ -394,6 +394,7 @@ def trained(tmp_path_factory):
                               stderr=subprocess.STDOUT, universal_newlines=True, timeout=300)
         assert done.returncode == status, done.stdout
         assert ("--resume" in done.stdout) == (status == 143)
+        assert max(map(len, done.stdout.splitlines())) <= 80
     return folder
 
 
