@@ -93,6 +93,8 @@ def load_data(args: argparse.Namespace, task: str) -> Dataset:
     encoded = []
     for texts, targets in parts:  # a class is one symbol, a sequence ends with END
         targets = [[name] if task == "classify" else name + "\n" for name in targets]
+        if task == "classify" and args.ngrams:  # so that there are n-grams at the end of a text
+            texts = [text + "\n" for text in texts]
         encoded.append(Part(*encode(texts, symbols, PAD), encode(targets, answers, IGNORE)[0]))
     return Dataset(task, symbols, answers, *encoded)
 
@@ -271,6 +273,8 @@ class NgramEmbedding(nn.Module):
 class RNNClassifier(nn.Module):
     """Embedding or Linear, recurrent layers, the last valid step, BatchNorm, Dropout, Linear.
 
+    With `known` n-grams, the mean of the embeddings over all steps stands beside the last step.
+
     inputs: int64 (N, T), numbers of symbols, or float (N, T, symbols) if `continuous`, padded at
     the end; lengths: int64 (N,), on the CPU -> logits: float (N, classes). The rest is Seq2Seq's.
     """
@@ -281,25 +285,28 @@ class RNNClassifier(nn.Module):
                  known: Tensor | None = None):
         super().__init__()
         self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
-        if known is not None:
-            self.input = NgramEmbedding(symbols, hidden, known, dropout)
         self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
+        self.ngrams = known is not None
+        if self.ngrams:
+            self.input, width = NgramEmbedding(symbols, hidden, known, dropout), width + hidden
         self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
 
     def last_valid_step(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """The last hidden state of each sequence (N, hidden); of both ends if bidirectional."""
-        # The backward direction starts at the end, so it takes sequences of one length. Forward,
-        # padding comes too late to matter, and lengths at most a tenth apart go together. Packing
-        # would do for any, but makes the library several times slower on the CPU.
+        # The backward direction starts at the end, and a mean is over all steps, so they take
+        # sequences of one length. Forward, padding comes too late to matter, and lengths at most a
+        # tenth apart go together. Packing would do for any, but makes the library several times
+        # slower on the CPU.
         both, last = self.layers.bidirectional, []
-        groups = like_lengths(lengths, 0.0 if both else 0.1)
+        groups = like_lengths(lengths, 0.0 if both or self.ngrams else 0.1)
         for group in groups:
             n, width = lengths[group], self.layers.hidden_size
-            x = self.dropout(self.input(inputs[group, :n.max()].transpose(0, 1)))  # (T, n, hidden)
-            output, _ = self.layers(x)  # (T, n, width), or twice the width
+            x = self.input(inputs[group, :n.max()].transpose(0, 1))  # (T, n, hidden)
+            output, _ = self.layers(self.dropout(x))  # (T, n, width), or twice the width
             ends = output[n - 1, torch.arange(len(n))]
-            last.append(torch.cat([ends[:, :width], output[0, :, width:]], 1) if both else ends)
+            parts = [ends[:, :width], output[0, :, width:]] if both else [ends]
+            last.append(torch.cat(parts + [x.mean(0)] * self.ngrams, 1))
         return torch.cat(last)[torch.cat(groups).argsort()]
 
     def forward(self, inputs: Tensor, lengths: Tensor, targets: Tensor | None = None,
@@ -602,7 +609,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         model = build(run).to(device)
     if texts == ["-"]:
         texts = [line.rstrip("\n") for line in sys.stdin]
-    inputs, lengths = encode(texts or [""], run["symbols"], PAD)
+    end = "\n" if "known" in run["options"] else ""
+    inputs, lengths = encode([text + end for text in texts or [""]], run["symbols"], PAD)
     # The targets' shape alone counts: one class, or a symbol more than the inputs have.
     columns = 1 if run["task"] == "classify" else inputs.shape[1] + 1
     part = Part(inputs, lengths, inputs.new_zeros(len(inputs), columns))

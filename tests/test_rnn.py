@@ -139,10 +139,11 @@ def test_ngrams_end_at_their_step_and_unknown_ones_add_nothing():
     assert torch.equal(embedding(changed)[4], embedding.single(changed)[4])  # nothing known there
 
 
-def test_classifier_with_ngrams_padded_equals_alone():
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_classifier_with_ngrams_padded_equals_alone(bidirectional):
     torch.manual_seed(0)
-    part, base = part_of(3 * ["abcdeabcde", "cde", "a"])
-    model = rnn.RNNClassifier(base, 3, hidden=8, bidirectional=True,
+    part, base = part_of(3 * ["abcdeabcde", "abcdeabcd", "cde", "a"])
+    model = rnn.RNNClassifier(base, 3, hidden=8, bidirectional=bidirectional,
                               known=rnn.frequent_ngrams(part, base)).eval()
     with torch.no_grad():
         model.input.longer.weight[:-1].normal_()
