@@ -247,33 +247,34 @@ def frequent_ngrams(part: Part, base: int) -> Tensor:
 
 
 class NgramEmbedding(nn.Module):
-    """The sum of embeddings of the last symbol and of the last 2 to 5 (Bojanowski et al., 2017).
+    """The sum of embeddings of the last 2 to 5 symbols at each step (Bojanowski et al., 2017).
 
-    inputs: int64 (T, N) -> float (T, N, hidden). `known` are the n-grams with an embedding, as
-    from frequent_ngrams(). In training each is left out with probability `dropout`.
+    inputs: int64 (T, N) -> float (T, N, width). `known` are the n-grams with an embedding, as from
+    frequent_ngrams(); padding is in none. In training each is left out with probability `dropout`.
     """
 
-    def __init__(self, symbols: int, hidden: int, known: Tensor, dropout: float):
+    def __init__(self, symbols: int, width: int, known: Tensor, dropout: float = 0.0):
         super().__init__()
-        self.single, self.dropout = nn.Embedding(symbols, hidden), nn.Dropout(dropout)
-        self.longer = nn.Embedding(len(known), hidden, padding_idx=len(known) - 1)
-        nn.init.zeros_(self.longer.weight)  # of unknown ones, the last row, it stays so
-        self.register_buffer("known", known)
+        self.symbols, self.dropout = symbols, nn.Dropout(dropout)
+        self.embedding = nn.Embedding(len(known), width, padding_idx=len(known) - 1)
+        nn.init.zeros_(self.embedding.weight)  # of unknown ones, the last row, it stays so
+        self.register_buffer("known", known, persistent=False)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        total = self.single(inputs)
-        for number in ngrams(inputs, self.single.num_embeddings):
+        total = 0
+        for number in ngrams(inputs, self.symbols):
             row = torch.searchsorted(self.known, number)
             row = row.masked_fill(self.known[row] != number, len(self.known) - 1)
             kept = self.dropout(torch.ones(*row.shape, 1, device=row.device))
-            total = total + kept * self.longer(row)
+            total = total + kept * self.embedding(row)
         return total
 
 
 class RNNClassifier(nn.Module):
     """Embedding or Linear, recurrent layers, the last valid step, BatchNorm, Dropout, Linear.
 
-    With `known` n-grams, the mean of the embeddings over all steps stands beside the last step.
+    With `known` n-grams each step sees the last symbols together, and a linear classifier, to which
+    each n-gram of a sequence adds its votes, stands beside the network (Cheng et al., 2016).
 
     inputs: int64 (N, T), numbers of symbols, or float (N, T, symbols) if `continuous`, padded at
     the end; lengths: int64 (N,), on the CPU -> logits: float (N, classes). The rest is Seq2Seq's.
@@ -285,34 +286,34 @@ class RNNClassifier(nn.Module):
                  known: Tensor | None = None):
         super().__init__()
         self.input = (nn.Linear if continuous else nn.Embedding)(symbols, hidden)
-        self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
         self.ngrams = known is not None
         if self.ngrams:
-            self.input, width = NgramEmbedding(symbols, hidden, known, dropout), width + hidden
+            self.longer = NgramEmbedding(symbols, hidden, known, dropout)
+            self.votes = NgramEmbedding(symbols, classes, known)
+        self.dropout, width = nn.Dropout(dropout), 2 * hidden if bidirectional else hidden
         self.layers = recurrent(cell, backend, hidden, layers, dropout, memory, bidirectional)
         self.batch_norm, self.output = nn.BatchNorm1d(width), nn.Linear(width, classes)
 
     def last_valid_step(self, inputs: Tensor, lengths: Tensor) -> Tensor:
         """The last hidden state of each sequence (N, hidden); of both ends if bidirectional."""
-        # The backward direction starts at the end, and a mean is over all steps, so they take
-        # sequences of one length. Forward, padding comes too late to matter, and lengths at most a
-        # tenth apart go together. Packing would do for any, but makes the library several times
-        # slower on the CPU.
+        # The backward direction starts at the end, so it takes sequences of one length. Forward,
+        # padding comes too late to matter, and lengths at most a tenth apart go together. Packing
+        # would do for any, but makes the library several times slower on the CPU.
         both, last = self.layers.bidirectional, []
-        groups = like_lengths(lengths, 0.0 if both or self.ngrams else 0.1)
+        groups = like_lengths(lengths, 0.0 if both else 0.1)
         for group in groups:
             n, width = lengths[group], self.layers.hidden_size
-            x = self.input(inputs[group, :n.max()].transpose(0, 1))  # (T, n, hidden)
+            steps = inputs[group, :n.max()].transpose(0, 1)
+            x = self.input(steps) + (self.longer(steps) if self.ngrams else 0)  # (T, n, hidden)
             output, _ = self.layers(self.dropout(x))  # (T, n, width), or twice the width
             ends = output[n - 1, torch.arange(len(n))]
-            parts = [ends[:, :width], output[0, :, width:]] if both else [ends]
-            last.append(torch.cat(parts + [x.mean(0)] * self.ngrams, 1))
+            last.append(torch.cat([ends[:, :width], output[0, :, width:]], 1) if both else ends)
         return torch.cat(last)[torch.cat(groups).argsort()]
 
     def forward(self, inputs: Tensor, lengths: Tensor, targets: Tensor | None = None,
                 teacher_forcing: float | None = None) -> Tensor:
-        last = self.last_valid_step(inputs, lengths)
-        return self.output(self.dropout(self.batch_norm(last)))
+        logits = self.output(self.dropout(self.batch_norm(self.last_valid_step(inputs, lengths))))
+        return logits + self.votes(inputs.t()).sum(0) if self.ngrams else logits
 
 
 class Seq2Seq(nn.Module):
