@@ -4,7 +4,8 @@
   python cnn.py --data my_photos         your own images: my_photos/<class>/*.jpg
   python cnn.py --predict cat.jpg        classify files with the trained network
 
-Pictures, checkpoints and figures go to runs/cnn (--out). cnn.md explains every part.
+Pictures, measurements and checkpoints go to runs/cnn (--out).
+cnn.md explains every part.
 """
 
 from __future__ import annotations
