@@ -4,8 +4,7 @@
   python cnn.py --data my_photos         your own images: my_photos/<class>/*.jpg
   python cnn.py --predict cat.jpg        classify files with the trained network
 
-Pictures, measurements and checkpoints go to runs/cnn (--out).
-cnn.md explains every part.
+Pictures and checkpoints go to runs/cnn (--out). cnn.md explains every part.
 """
 
 from __future__ import annotations

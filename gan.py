@@ -422,7 +422,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, images_folde
     """Measure the best generator against the test part; draw the pictures; write summary.json."""
     generator, checkpoint = load_generator(folder / "best.pt", device)
     count = min(len(data.test), 5000)
-    fake = generate(generator, latent_vectors(count, args.latent, args.seed + 1), device)
+    fake = generate(generator, latent_vectors(max(200, count), args.latent, args.seed + 1), device)
     real, train, generated = (random_features(x[:count]) for x in (data.test, data.train, fake))
     test = {"best_epoch": checkpoint["metrics"]["epoch"]}
     for suffix, features in ("", generated), ("_floor", train):  # real images set the floor
