@@ -1,8 +1,8 @@
-"""Train a DCGAN to draw new images like those it is shown (MNIST digits by default).
+"""Train a DCGAN to draw images like those it is shown (MNIST digits by default).
 
-  python gan.py                          MNIST, or typeset digits if it cannot be had
-  python gan.py --data my_images         your own images, in a folder of any layout
-  python gan.py --sample 100             draw 100 images with the trained generator
+  python gan.py                    MNIST, or typeset digits if it cannot be had
+  python gan.py --data my_images   your own images, in a folder of any layout
+  python gan.py --sample 100       draw 100 images with the trained generator
 
 Generated images go to images/ (--images), checkpoints and curves to runs/gan
 (--out). gan.md explains every part.
