@@ -1,10 +1,10 @@
-"""Train a convolutional network to classify 32x32 colour images (CIFAR-10 by default).
+"""Train a convolutional network to classify colour images (CIFAR-10 by default).
 
-  python cnn.py                          CIFAR-10, or synthetic shapes if it cannot be had
-  python cnn.py --data my_photos         your own images: my_photos/<class>/*.jpg
-  python cnn.py --predict cat.jpg        classify files with the trained network
+  python cnn.py                    CIFAR-10, or synthetic shapes without it
+  python cnn.py --data my_photos   your own images: my_photos/<class>/*.jpg
+  python cnn.py --predict cat.jpg  classify files with the trained network
 
-Pictures, checkpoints and figures go to runs/cnn (--out). cnn.md explains every part.
+Pictures and checkpoints go to runs/cnn (--out). cnn.md explains every part.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Train a DCGAN to draw new images like those it is shown (MNIST digits by default).
+"""Train a DCGAN to draw images like those it is shown (MNIST digits by default).
 
-  python gan.py                          MNIST, or typeset digits if it cannot be had
-  python gan.py --data my_images         your own images, in a folder of any layout
-  python gan.py --sample 100             draw 100 images with the trained generator
+  python gan.py                    MNIST, or typeset digits if it cannot be had
+  python gan.py --data my_images   your own images, in a folder of any layout
+  python gan.py --sample 100       draw 100 images with the trained generator
 
-Generated images go to images/ (--images); checkpoints and curves go to runs/gan (--out).
-gan.md explains every part.
+Generated images go to images/ (--images), checkpoints and curves to runs/gan
+(--out). gan.md explains every part.
 """
 
 from __future__ import annotations
@@ -422,7 +422,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, images_folde
     """Measure the best generator against the test part; draw the pictures; write summary.json."""
     generator, checkpoint = load_generator(folder / "best.pt", device)
     count = min(len(data.test), 5000)
-    fake = generate(generator, latent_vectors(count, args.latent, args.seed + 1), device)
+    fake = generate(generator, latent_vectors(max(200, count), args.latent, args.seed + 1), device)
     real, train, generated = (random_features(x[:count]) for x in (data.test, data.train, fake))
     test = {"best_epoch": checkpoint["metrics"]["epoch"]}
     for suffix, features in ("", generated), ("_floor", train):  # real images set the floor
@@ -436,7 +436,7 @@ def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, images_folde
         "loss": {"discriminator": "discriminator_loss", "generator": "generator_loss"},
         "discriminator's accuracy": {"on real": "real_accuracy", "on generated": "fake_accuracy"},
         "Fréchet distance to validation": {"averaged generator": "frechet"},
-        "share": {"density": "density", "coverage": "coverage"}})
+        "density and coverage": {"density": "density", "coverage": "coverage"}})
     ends = latent_vectors(7, args.latent, args.seed)[:, None]
     share = torch.linspace(0, 1, 10)[:, None]
     # Along an arc: points on the line between two latent vectors are shorter than any drawn.
@@ -514,7 +514,7 @@ def draw_samples(args: argparse.Namespace, device: torch.device) -> None:
         Image.fromarray(image.squeeze()).save(buffer, "PNG")
         common.write_file(folder / f"{i:05}.png", buffer.getvalue())
         print(folder / f"{i:05}.png")
-    draw_grid(Path(args.images, "samples.png"), images[:200], min(20, args.sample),
+    draw_grid(Path(args.images, "samples.png"), images[:200], 20,
               f"DCGAN on {checkpoint['data']}, seed {args.seed}")
 
 
