@@ -85,6 +85,9 @@ def run_main(main: Callable) -> None:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error:", one_line(error), file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # whoever reads our output, as `head` does, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except RuntimeError as error:
         if WORLD == 1 or not ("by peer" in str(error) or "connect" in str(error)):
             raise
@@ -422,13 +425,14 @@ def using(path: Path) -> Iterator[None]:
         raise UserError(f"{path} is damaged or does not fit: {reason}") from None
 
 
-def load_checkpoint(path: Path, script: str, *keys: str) -> dict:
+def load_checkpoint(path: str | Path, script: str, *keys: str) -> dict:
     """Load what `script` saved. Raises UserError if that is missing, damaged or another script's,
     or lacks one of the `keys`.
 
     No code in the file is run, except on PyTorch 1.13 and below: load only your own files there.
     The first of several processes reads the file for all.
     """
+    path = Path(path)
     with using(path):
         content = of_the_first(path.read_bytes() if RANK == 0 and path.is_file() else None)
         if content is None:
@@ -468,6 +472,7 @@ def restore(path: Path, checkpoint: dict, state: dict, checksum: int) -> list:
             raise UserError(f"{path} is of a run on other data; start a new run for these")
         for name, part in state.items():
             part.load_state_dict(checkpoint[name])
+        print("resumed after epoch", len(checkpoint["history"]))
         return checkpoint["history"]
 
 
@@ -675,7 +680,7 @@ def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
             image = image.convert("RGB" if channels == 3 else "L")
             if image.size != (size, size):
                 image = ImageOps.fit(image, (size, size), Image.BICUBIC)
-            return np.asarray(image).reshape(size, size, channels)
+            return np.array(image).reshape(size, size, channels)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):

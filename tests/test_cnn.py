@@ -248,7 +248,7 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
                "[Errno 111] Connection refused>\n")
     done = run("cnn.py", *TINY, "--data", "auto", "--epochs", 1, env=offline)
     assert done.stderr == f"warning: {problem}         training on synthetic shapes instead\n"
-    assert done.stdout.startswith("synthetic: ")
+    assert done.stdout.startswith("synthetic, ")
     done = run("cnn.py", "--data", "cifar10", status=2, env=offline)
     assert done.stderr == f"cnn.py: error: {problem}"
 

@@ -204,6 +204,16 @@ common.run_main(main)
                                     "python cnn.py --out 'my run' --resume\n")
 
 
+def test_output_that_nobody_reads_ends_quietly():
+    code = "import common; common.run_main(lambda: [print(n) for n in range(10**6)])"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    process.stdout.readline()
+    process.stdout.close()  # as `head -n 1` does
+    assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
+    process.stderr.close()
+
+
 # ---------------------------------------------------------------- Command line
 
 
