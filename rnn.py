@@ -1,10 +1,11 @@
-"""Train LSTM and GRU on the same sequences, with the same budget, and compare them.
+"""Train LSTM and GRU on the same sequences, with the same budget; compare them.
 
-  python rnn.py                          two synthetic tasks: classify and generate
-  python rnn.py --data reviews.csv       your own texts: columns text and label
-  python rnn.py --predict "some text"    classify texts with the trained networks
+  python rnn.py                        two synthetic tasks: classify and generate
+  python rnn.py --data reviews.csv     your own texts: columns text and label
+  python rnn.py --predict "some text"  classify texts by the trained network
 
-Pictures, checkpoints and figures go to runs/rnn (--out). rnn.md explains every part.
+Pictures, checkpoints and figures go to runs/rnn (--out).
+rnn.md explains every part.
 """
 
 from __future__ import annotations
