@@ -500,7 +500,8 @@ def evaluate(args: argparse.Namespace, tasks: list, runs: dict, folder: Path,
                   "{sequences_per_second:13.0f}".format(data.task, cell, *cells, **facts))
             shares = [hits[cell][group].mean() for group in groups]
             draw_line(panels[0], epochs, columns["train_loss"], cell, "epoch", "training loss")
-            draw_line(panels[1], epochs, columns["validation_accuracy"], cell, "epoch", "share right")
+            rights = columns["validation_accuracy"]
+            draw_line(panels[1], epochs, rights, cell, "epoch", "share right")
             draw_line(panels[2], lengths, shares, cell, "length of the sequence", "share right")
         panels[0].set(title=data.task, yscale="log")
         panels[1].set(title=f"{data.task}: validation", ylim=(None, 1.02))
