@@ -1,10 +1,11 @@
-"""Train LSTM and GRU on the same sequences, with the same budget, and compare them.
+"""Train LSTM and GRU on the same sequences, with the same budget; compare them.
 
-  python rnn.py                          two synthetic tasks: classify and generate
-  python rnn.py --data reviews.csv       your own texts: columns text and label
-  python rnn.py --predict "some text"    classify texts with the trained networks
+  python rnn.py                        two synthetic tasks: classify and generate
+  python rnn.py --data reviews.csv     your own texts: columns text and label
+  python rnn.py --predict "some text"  classify texts by the trained network
 
-Pictures, checkpoints and figures go to runs/rnn (--out). rnn.md explains every part.
+Pictures, checkpoints and figures go to runs/rnn (--out).
+rnn.md explains every part.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def load_data(args: argparse.Namespace, task: str) -> Dataset:
         texts, labels = np.array(cells, object).reshape(-1, 2).T
         classes, numbers, counts = np.unique(labels, return_inverse=True, return_counts=True)
         if len(classes) < 2 or counts.min() < 3:
-            rare = ", ".join(classes[counts < 3][:9]) or "classes"
+            rare = ", ".join(name[:30] for name in classes[counts < 3][:3]) or "classes"
             raise common.UserError(f"--data {args.data}: too few rows of {rare}; two labels with "
                                    "three rows each are needed (a header must be text,label)")
         split = {"train": (np.arange(len(texts)), torch.from_numpy(numbers))}
@@ -507,8 +508,9 @@ def evaluate(args: argparse.Namespace, tasks: list, runs: dict, folder: Path,
                   "{sequences_per_second:13.0f}".format(data.task, cell, *cells, **facts))
             shares = [hits[cell][group].mean() for group in groups]
             draw_line(panels[0], epochs, columns["train_loss"], cell, "epoch", "training loss")
-            draw_line(panels[1], epochs, columns["validation_accuracy"], cell, "epoch", "right")
-            draw_line(panels[2], lengths, shares, cell, "length of the sequence", "right")
+            rights = columns["validation_accuracy"]
+            draw_line(panels[1], epochs, rights, cell, "epoch", "share right")
+            draw_line(panels[2], lengths, shares, cell, "length of the sequence", "share right")
         panels[0].set(title=data.task, yscale="log")
         panels[1].set(title=f"{data.task}: validation", ylim=(None, 1.02))
         panels[2].set(title=f"{data.task}: test", ylim=(None, 1.02))
@@ -534,7 +536,8 @@ def draw_line(axis: Any, x: Sequence, y: Sequence, label: str, xlabel: str, ylab
 def draw_predictions(axis: Any, data: Dataset, answers: dict, hits: dict) -> None:
     """A table of eight test sequences, those first that most cells got wrong; errors in red."""
     shown = sum(hits.values()).argsort()[:8].tolist()
-    rows = [["".join(data.symbols[i] for i in data.test.inputs[k, :50]),
+    rows = [["".join(data.symbols[i] for i in data.test.inputs[k, :50])
+             + " ..." * bool(data.test.lengths[k] > 50),
              *(spell(column[k], data.answers) for column in (data.test.targets, *answers.values()))]
             for k in shown]
     rows = [list(map(common.plain, row)) for row in rows]
@@ -609,13 +612,16 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
                                          max(r["validation_accuracy"] for r in run["history"])))
         model = build(run).to(device)
     if texts == ["-"]:
-        texts = [line.rstrip("\n") for line in sys.stdin]
+        texts = [line.rstrip("\r\n") for line in sys.stdin]
     end = "\n" if "known" in run["options"] else ""
     inputs, lengths = encode([text + end for text in texts or [""]], run["symbols"], PAD)
     # The targets' shape alone counts: one class, or a symbol more than the inputs have.
     columns = 1 if run["task"] == "classify" else inputs.shape[1] + 1
     part = Part(inputs, lengths, inputs.new_zeros(len(inputs), columns))
     _, answers, probabilities, _ = predict_part(model, part, device)
+    if run["task"] == "generate":  # a longer text beside it must not change a text's probability
+        ended = (answers == END).cumsum(1)
+        probabilities[(ended > 1) | (ended == 1) & (answers != END)] = 1
     for text, answer, probability in zip(texts, answers, probabilities):
         print(f"{text}\t{spell(answer, run['answers'])}\t{probability.prod():.4f}")
 

@@ -1,10 +1,11 @@
-"""Train an encoder-decoder Transformer to turn one sequence of tokens into another.
+"""Train a Transformer to turn one sequence of tokens into another.
 
-  python transformer.py                     reverse words of 2 to 20 letters
-  python transformer.py --data pairs.tsv    your own pairs: a source and a target on each line
-  python transformer.py --predict hello     what the trained model makes of a source
+  python transformer.py                   reverse words of 2 to 20 letters
+  python transformer.py --data pairs.tsv  your pairs: columns source and target
+  python transformer.py --predict hello   what the trained model writes
 
-Pictures, checkpoints and figures go to runs/transformer (--out). transformer.md explains it all.
+Pictures, checkpoints and figures go to runs/transformer (--out).
+transformer.md explains every part.
 """
 
 from __future__ import annotations
