@@ -270,7 +270,7 @@ def words(count=60):
 def test_vocabulary_comes_from_the_training_part_alone(tmp_path):
     rows = [(text + chr(0x4e00 + i), label) for i, (text, label) in enumerate(words())]
     path = write_table(tmp_path / "a.tsv", rows)
-    data = rnn.load_data(Namespace(data=str(path), seed=0), "classify")
+    data = rnn.load_data(Namespace(data=str(path), seed=0, ngrams=False), "classify")
     assert data.symbols[3:] == list("abxyz")  # the characters that come once are unknown
     assert data.answers == ["even, class", "odd"]
     sizes = [len(part.lengths) for part in (data.train, data.validation, data.test)]
@@ -285,7 +285,7 @@ def test_vocabulary_comes_from_the_training_part_alone(tmp_path):
     (("xx", "c", "more"), ("xx", "c", "z")), (("id", "label", "text"), ("1", "c", "xx"))])
 def test_columns_by_name_or_else_the_first_two(tmp_path, header, row):
     path = write_table(tmp_path / "a.csv", 5 * [row] + 5 * [[v + "2" for v in row]], header)
-    data = rnn.load_data(Namespace(data=str(path), seed=0), "classify")
+    data = rnn.load_data(Namespace(data=str(path), seed=0, ngrams=False), "classify")
     assert data.symbols[3:] == ["2", "x"] and data.answers == ["c", "c2"]
     assert rnn.spell(data.train.targets[0], data.answers) == "c"
 
