@@ -639,7 +639,7 @@ def read_table(path: str, names: Sequence[str]) -> list:
         raise UserError(f"--data {path}: {error.strerror}; name a CSV or TSV file") from None
     except UnicodeDecodeError as error:
         line = content[:error.start].count(b"\n") + 1
-        raise UserError(f"--data {path}: line {line} is not UTF-8; save it so") from None
+        raise UserError(f"--data {path}: line {line} is not UTF-8; save it as UTF-8") from None
     tabs = "\t" in text.split("\n")[0]  # TSV has no quotes, so that a text may hold one
     reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",",
                         quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)

@@ -5,8 +5,9 @@ put images in the order that they should.
 
 Trains cnn.py's network on the real training images for a minute, measures it on the real test
 images, then lets it name samples of best.pt in --out. `sure` is the share with a probability of
-at least 0.9 for one class, and of at least 0.7. Then the Fréchet distance, density and coverage against the real test
-images: of real training images, the samples, ten of the samples over and over, and noise.
+at least 0.9 for one class, and of at least 0.7. Then the Fréchet distance, density and coverage
+against the real test images: of real training images, the samples, ten of the samples over and
+over, and noise.
 """
 
 import argparse
