@@ -619,9 +619,10 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
     columns = 1 if run["task"] == "classify" else inputs.shape[1] + 1
     part = Part(inputs, lengths, inputs.new_zeros(len(inputs), columns))
     _, answers, probabilities, _ = predict_part(model, part, device)
-    if run["task"] == "generate":  # a longer text beside it must not change a text's probability
-        ended = (answers == END).cumsum(1)
-        probabilities[(ended > 1) | (ended == 1) & (answers != END)] = 1
+    # Of a sequence all up to its END counts, or up to a symbol more than the text has: whatever
+    # longer texts beside it make the network write after that.
+    late, end = torch.arange(columns) > lengths[:, None], (answers == END).long()
+    answers[late], probabilities[late | (end.cumsum(1) > end)] = END, 1
     for text, answer, probability in zip(texts, answers, probabilities):
         print(f"{text}\t{spell(answer, run['answers'])}\t{probability.prod():.4f}")
 

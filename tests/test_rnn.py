@@ -324,6 +324,8 @@ def test_default_job_small(run, tmp_path):
     assert line.startswith("EaXbYcXdB\t") and line.count("\t") == 2
     line = run("rnn.py", "--tasks", "generate", "--predict", "31415").stdout
     assert line.startswith("31415\t") and line.count("\n") == 1
+    beside = run("rnn.py", "--tasks", "generate", "--predict", "31415", 5 * "31415").stdout
+    assert beside.split("\n")[0] + "\n" == line  # probability included
 
 
 def weights(out):
