@@ -613,8 +613,8 @@ def predict(args: argparse.Namespace, device: torch.device) -> None:
         model = build(run).to(device)
     if texts == ["-"]:
         texts = [line.rstrip("\r\n") for line in sys.stdin]
-    end = "\n" if "known" in run["options"] else ""
-    inputs, lengths = encode([text + end for text in texts or [""]], run["symbols"], PAD)
+    tail = "\n" if "known" in run["options"] else ""
+    inputs, lengths = encode([text + tail for text in texts or [""]], run["symbols"], PAD)
     # The targets' shape alone counts: one class, or a symbol more than the inputs have.
     columns = 1 if run["task"] == "classify" else inputs.shape[1] + 1
     part = Part(inputs, lengths, inputs.new_zeros(len(inputs), columns))
