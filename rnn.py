@@ -536,8 +536,8 @@ def draw_line(axis: Any, x: Sequence, y: Sequence, label: str, xlabel: str, ylab
 def draw_predictions(axis: Any, data: Dataset, answers: dict, hits: dict) -> None:
     """A table of eight test sequences, those first that most cells got wrong; errors in red."""
     shown = sum(hits.values()).argsort()[:8].tolist()
-    rows = [["".join(data.symbols[i] for i in data.test.inputs[k, :50])
-             + " ..." * bool(data.test.lengths[k] > 50),
+    inputs, lengths = data.test.inputs, data.test.lengths.tolist()
+    rows = [[spell(inputs[k, :50], data.symbols) + " ..." * (lengths[k] > 50),
              *(spell(column[k], data.answers) for column in (data.test.targets, *answers.values()))]
             for k in shown]
     rows = [list(map(common.plain, row)) for row in rows]
