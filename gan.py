@@ -338,7 +338,7 @@ def train(args: argparse.Namespace, data: Dataset, folder: Path, images_folder: 
         print("epoch {epoch:2}/{}  losses {discriminator_loss:.2f}, {generator_loss:.2f}  Fréchet "
               "{frechet:.3f}, coverage {coverage:.0%}  {}".format(
                   args.epochs, common.pace(history, args.epochs), **row), flush=True)
-        won = [min(r["real_accuracy"], r["fake_accuracy"]) > 0.999 for r in history]
+        won = [min(r["real_accuracy"], r["fake_accuracy"]) > 0.997 for r in history]
         if won[-3:] == [True] * 3 and won[-4:-3] != [True]:
             common.warn("the discriminator has told everything apart for 3 epochs, so the "
                         "generator learns little; try a lower --lr, or more images")
