@@ -50,10 +50,11 @@ class Terminated(KeyboardInterrupt):
 
 
 STOPPED_BY = []  # the exception of a signal: Python drops one raised while it collects garbage
+SAVING = []  # not empty while torch.save() writes: an exception in there can end the process
 
 
-def raise_lost_signal() -> None:
-    """Raise again what a signal has raised, if Python has dropped it."""
+def raise_late_signal() -> None:
+    """Raise what a signal has not raised yet, or in vain."""
     if STOPPED_BY:
         raise STOPPED_BY[0]
 
@@ -62,7 +63,8 @@ def run_main(main: Callable) -> None:
     """Run `main()`; a UserError is one line and exit status 2, Ctrl-C is 130, SIGTERM 143."""
     def stop(signal_number, frame):
         STOPPED_BY.append(Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt)
-        raise STOPPED_BY[0]
+        if not SAVING:
+            raise STOPPED_BY[0]
     for number in signal.SIGINT, signal.SIGTERM:
         if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background
             signal.signal(number, stop)
@@ -380,7 +382,7 @@ def write_file(path: Path, content: bytes) -> None:
 
     Of several processes the first alone writes.
     """
-    raise_lost_signal()
+    raise_late_signal()
     if RANK:
         return
     temporary = path.with_name(f".{path.name}.tmp")
@@ -399,7 +401,11 @@ def write_file(path: Path, content: bytes) -> None:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Save a dictionary of tensors and plain Python values."""
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    SAVING.append(path)
+    try:
+        torch.save(checkpoint, buffer)
+    finally:
+        SAVING.clear()
     write_file(path, buffer.getvalue())
 
 
@@ -582,7 +588,7 @@ def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
 class ProgressBar(tqdm):
     def __iter__(self):
         for item in super().__iter__():
-            raise_lost_signal()
+            raise_late_signal()
             yield item
 
 

@@ -204,6 +204,22 @@ common.run_main(main)
                                     "python cnn.py --out 'my run' --resume\n")
 
 
+def test_a_signal_waits_until_torch_save_is_done(tmp_path):
+    code = """
+import common, os, pathlib, signal
+class Interrupting:
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        print("went on")
+        return int, ()
+common.run_main(lambda: common.save_checkpoint(pathlib.Path("last.pt"), {"": Interrupting()}))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"went on\n", b"")
+    assert os.listdir(str(tmp_path)) == []
+
+
 def test_output_that_nobody_reads_ends_quietly():
     code = "import common; common.run_main(lambda: [print(n) for n in range(10**6)])"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
