@@ -314,7 +314,9 @@ class RNNClassifier(nn.Module):
     def forward(self, inputs: Tensor, lengths: Tensor, targets: Tensor | None = None,
                 teacher_forcing: float | None = None) -> Tensor:
         logits = self.output(self.dropout(self.batch_norm(self.last_valid_step(inputs, lengths))))
-        return logits + self.votes(inputs.t()).sum(0) if self.ngrams else logits
+        if self.ngrams:
+            logits = logits + self.votes(inputs.t()).sum(0)  # over the steps: (N, classes)
+        return logits
 
 
 class Seq2Seq(nn.Module):
