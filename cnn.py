@@ -1,18 +1,19 @@
-"""Train a convolutional network to classify colour images (CIFAR-10 by default).
+"""Train a convolutional network to classify color images (CIFAR-10 by default).
 
-  python cnn.py                    CIFAR-10, or synthetic shapes without it
+  python cnn.py                    CIFAR-10, or synthetic shapes if it cannot be downloaded
   python cnn.py --data my_photos   your own images: my_photos/<class>/*.jpg
-  python cnn.py --predict cat.jpg  classify files with the trained network
+  python cnn.py --predict cat.jpg  classify image files with the trained model
 
-Pictures and checkpoints go to runs/cnn (--out). cnn.md explains every part.
+Plots and checkpoints go to runs/cnn (--out). cnn.md explains every part.
 """
 
 from __future__ import annotations
 
-import argparse
-import math
-import sys
+import re
+import shlex
 import time
+import zlib
+from argparse import Namespace
 from pathlib import Path
 from typing import NamedTuple, Sequence
 
@@ -23,183 +24,263 @@ from torch import Tensor, nn
 
 import common
 
-SIZE = 32  # images are SIZE x SIZE pixels
-
 # ---------------------------------------------------------------- Data
 
 
-class Part(NamedTuple):
-    """One part of a data set, whole in memory: the training, validation or test part."""
+class ImageSet(NamedTuple):
+    """A training, validation or test set, whole in memory."""
 
-    images: Tensor  # uint8 (N, 32, 32, 3)
+    images: Tensor  # uint8 (N, size, size, 3)
     labels: Tensor  # int64 (N,)
 
 
 class Dataset(NamedTuple):
-    name: str  # the data really used, as every log and picture calls it
+    name: str  # the data set really used, as logs and plots call it
     classes: list
-    train: Part
-    validation: Part
-    test: Part
+    train: ImageSet
+    validation: ImageSet
+    test: ImageSet
 
 
-def box(u: Tensor, v: Tensor, half_width: float, half_height: float, centre: float = 0.0) -> Tensor:
-    return torch.min(half_width - (u - centre).abs(), half_height - v.abs())
-
-
-def star(u: Tensor, v: Tensor, points: int, inner: float) -> Tensor:
-    """A star of `points` tips on the unit circle; its notches lie at radius `inner`."""
-    radius, half = (u**2 + v**2).sqrt(), math.pi / points
-    angle = (torch.remainder(torch.atan2(v, u) + half, 2 * half) - half).abs()  # fold to one edge
-    edge_x, edge_y = inner * math.cos(half) - 1, inner * math.sin(half)
-    inside = edge_y * (1 - radius * angle.cos()) + edge_x * radius * angle.sin()
-    return inside / math.hypot(edge_x, edge_y)
-
-
-# Signed distance to the outline, positive inside, at coordinates where the shape's radius is 1.
+# Each shape is a star, by the number of its tips and the distance of its notches from the center,
+# where tips are at distance 1. A polygon is a star with shallow notches.
 SHAPES = {
-    "disc": lambda u, v: 1 - (u**2 + v**2).sqrt(),
-    "ring": lambda u, v: 0.25 - ((u**2 + v**2).sqrt() - 0.75).abs(),
-    "half-disc": lambda u, v: torch.min(1 - (u**2 + v**2).sqrt(), v + 0.1),
-    "crescent": lambda u, v: torch.min(1 - (u**2 + v**2).sqrt(),
-                                       ((u - 0.5)**2 + v**2).sqrt() - 0.8),
-    "triangle": lambda u, v: star(u, v, 3, 0.5),
-    "square": lambda u, v: box(u, v, 0.75, 0.75),
-    "star": lambda u, v: star(u, v, 5, 0.45),
-    "cross": lambda u, v: torch.max(box(u, v, 1, 0.28), box(u, v, 0.28, 1)),
-    "bar": lambda u, v: box(u, v, 1, 0.25),
-    "arrow": lambda u, v: torch.max(box(u, v, 0.55, 0.2, centre=-0.45),
-                                    torch.min(0.9 * (1 - u) - v.abs(), u)),
+    "triangle": (3, 0.5),
+    "square": (4, 0.71),
+    "hexagon": (6, 0.87),
+    "disc": (20, 1.0),
+    "needle": (2, 0.2),
+    "rhombus": (2, 0.5),
+    "3-pointed star": (3, 0.2),
+    "4-pointed star": (4, 0.3),
+    "5-pointed star": (5, 0.4),
+    "8-pointed star": (8, 0.5),
 }
 
 
-def synthetic_shapes(count: int, seed: int) -> Part:
-    """Draw `count` images of the ten SHAPES at random place, size, rotation, colours and noise."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def uniform(low, high, *shape):
-        return torch.rand(shape, generator=generator) * (high - low) + low
-    pixels = torch.arange(SIZE) - (SIZE - 1) / 2
-    images = []
-    for i, distance in enumerate(SHAPES.values()):
-        n = (count + i) // len(SHAPES)
-        x = pixels - uniform(-6, 6, n, 1, 1)  # (n, 1, 32)
-        y = pixels[:, None] - uniform(-6, 6, n, 1, 1)  # (n, 32, 1)
-        radius, angle = uniform(6, 12, n, 1, 1), uniform(0, 2 * math.pi, n, 1, 1)
-        u = (x * angle.cos() + y * angle.sin()) / radius
-        v = (y * angle.cos() - x * angle.sin()) / radius
-        mask = (distance(u, v) * radius + 0.5).clamp(0, 1)[..., None]  # (n, 32, 32, 1)
-        corners = uniform(0, 0.6, n, 3, 3, 3)  # a dark background that changes over the image
-        background = F.interpolate(corners, size=SIZE, mode="bilinear", align_corners=True)
-        background = background.permute(0, 2, 3, 1)
-        colour = uniform(0.4, 1, n, 1, 1, 3)
-        noise = torch.randn(background.shape, generator=generator)
-        noise *= uniform(0.02, 0.2, n, 1, 1, 1)
-        # In place: of many images, each of these is half a gigabyte.
-        image = (colour - background).mul_(mask).add_(background).add_(noise)
-        images.append(image.clamp_(0, 1).mul_(255).byte())
-    labels = torch.cat([torch.full((len(part),), i) for i, part in enumerate(images)])
-    order = torch.randperm(count, generator=generator)
-    return Part(torch.cat(images)[order], labels[order])
+def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
+    """Draw `count` images of the SHAPES, with random place, rotation, size, colors and noise."""
+    from PIL import Image, ImageDraw
+    rng = np.random.default_rng(seed)
+    images = np.empty((count, size, size, 3), np.uint8)
+    labels = rng.permutation(count) % len(SHAPES)
+    large = 4 * size  # drawn at four times the size and then reduced, for smooth edges
+    for image, label in zip(images, labels):
+        tips, notch = list(SHAPES.values())[label]
+        rotation = rng.uniform(0, 2 * np.pi)
+        angles = rotation + np.pi * np.arange(2 * tips) / tips
+        radii = rng.uniform(0.2, 0.4) * np.tile([1, notch], tips)
+        center = rng.uniform(0.35, 0.65, (2, 1))
+        directions = np.stack([np.cos(angles), np.sin(angles)])  # (2, 2 * tips)
+        corners = center + radii * directions
+        background = tuple(rng.integers(0, 128, 3))
+        canvas = Image.new("RGB", (large, large), background)
+        color = tuple(rng.integers(100, 256, 3))
+        ImageDraw.Draw(canvas).polygon(list(large * corners.T.ravel()), fill=color)
+        noise = rng.normal(0, rng.uniform(5, 40), image.shape)
+        reduced = np.asarray(canvas.resize((size, size), Image.BOX))
+        image[:] = np.clip(reduced + noise, 0, 255)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-def load_data(args: argparse.Namespace) -> Dataset:
+# Folders with these names, in any case, are the sets of a data set that is split already.
+SET_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+LOOKS_LIKE_A_SET = r"(train|test|val|valid|validation)(ing)?[-_ ]*(set|data|images|split)?"
+
+
+def subfolders(folder: Path) -> dict:
+    """{name: path} of the folders in a folder, sorted, without hidden and system folders."""
+    folders = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and common.is_visible(path.name):
+            folders[common.normalize(path.name)] = path
+    return folders
+
+
+def find_sets(root: Path) -> dict:
+    """{"train": folder, "val": folder, "test": folder}, or {"train": root} if it is not split."""
+    folders = subfolders(root)
+    sets = {}
+    for name, path in folders.items():
+        if name.lower() in SET_NAMES:
+            sets[SET_NAMES[name.lower()]] = path
+        elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
+            raise common.UserError(f"--data {root}: rename {name} to train, val or test")
+    # A single one among others is a class: vehicles/bus, vehicles/car, vehicles/train.
+    if "train" in sets and (len(sets) > 1 or len(folders) == 1):
+        return sets
+    return {"train": root}
+
+
+def load_image_folder(args: Namespace) -> tuple:
+    """Load `train/<class>/` with or without `val/` and `test/`, or just `<class>/`.
+
+    Returns {"train": (images, labels), ...}, images uint8 (N, size, size, 3) and labels int64 (N,)
+    in random order, and the class names. Raises UserError if the folder has another structure.
+    """
+    root = Path(args.data)
+    if not root.is_dir():
+        raise common.UserError(f"--data {root}: neither a folder nor auto, cifar10 or synthetic")
+    common.keep_apart(args.data, args.out)
+    folders = find_sets(root)
+    classes = list(subfolders(folders["train"]))
+    sets = {}
+    for use, folder in folders.items():
+        if len(classes) < 2:
+            raise common.UserError(f"--data {root}: {folder} has {len(classes)} folders of images; "
+                                   "one is needed for each of at least two classes")
+        difference = set(classes) ^ set(subfolders(folder))
+        if difference:
+            raise common.UserError(f"--data {root}: {folder} and {folders['train']} have not the "
+                                   f"same classes; they differ in {', '.join(sorted(difference))}")
+        paths, labels = [], []
+        for label, path in enumerate(subfolders(folder).values()):
+            files = common.image_files(str(path))
+            paths += files
+            labels += [label] * len(files)
+        order = np.random.default_rng(args.seed).permutation(len(paths))
+        if use == "train":
+            order = order[:args.limit]
+        images, kept = common.read_images([paths[i] for i in order], args.size, 3)
+        sets[use] = images, torch.tensor(labels)[order[kept]]
+    return sets, classes
+
+
+def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names; `auto` falls back to synthetic shapes and says why."""
-    parts, classes, name = None, list(SHAPES), args.data
-    if args.data in ("auto", "cifar10"):
+    name, classes = args.data, list(SHAPES)
+    if name in ("auto", "cifar10"):
         try:
-            (parts, classes), name = common.load_torchvision("CIFAR10", args.data_dir), "cifar10"
+            sets, classes = common.load_torchvision("CIFAR10", args.data_dir)
+            name = "cifar10"
         except common.UserError as error:
-            if args.data == "cifar10":
+            if name == "cifar10":
                 raise
-            common.warn(f"{error}\n         training on synthetic shapes instead")
+            common.warn(f"{error}; training on synthetic shapes instead")
             name = "synthetic"
-    elif args.data != "synthetic":
-        parts, classes = common.load_image_folder(args.data, SIZE, 3)
-    if parts is None:
-        parts = {"train": synthetic_shapes(args.synthetic_size, args.seed),
-                 "test": synthetic_shapes(args.synthetic_size // 5, args.seed + 2**32)}
-    common.hold_out_missing(parts, args.seed)
-    if not len(parts["val"][1]) or not len(parts["test"][1]):
-        raise common.UserError(f"--data {args.data}: no class has an image to spare to validate or "
-                               "test on; provide more of them")
-    return Dataset(name, classes, Part(*parts["train"]), Part(*parts["val"]), Part(*parts["test"]))
+    if name == "synthetic":
+        count, size = args.synthetic_size, args.size
+        sets = {"train": synthetic_shapes(count, size, args.seed),
+                "test": synthetic_shapes(count // 5, size, args.seed + 10**9)}
+    elif name == "cifar10":
+        if args.size != 32:
+            raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
+        sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
+    else:
+        sets, classes = load_image_folder(args)
+    common.complete_sets(sets, args.seed)
+    train, validation, test = (ImageSet(*sets[use]) for use in ("train", "val", "test"))
+    return Dataset(name, classes, train, validation, test)
+
+
+def describe_classes(data: Dataset) -> None:
+    """Print the number of training images of each class; warn of a class that shows nothing."""
+    counts = []
+    for label, name in enumerate(data.classes):
+        images = data.train.images[data.train.labels == label]
+        counts.append(f"{name} {len(images):,}")
+        if len(images) == 0:
+            raise common.UserError(f"--data {data.name}: no training image of the class {name}")
+        all_the_same = (images == images[0]).all()
+        single_colors = (images == images[:, :1, :1]).all()
+        if all_the_same or single_colors:
+            common.warn(f"all training images of {name} are the same, or of a single color")
+    print(", ".join(counts))
+
+
+def reflect(positions: Tensor, length: int) -> Tensor:
+    """Pixel positions beyond an edge, folded back inside: -2, -1, 0, 1 -> 2, 1, 0, 1."""
+    last = length - 1
+    return last - (last - positions.abs()).abs()
 
 
 def random_crop_flip(images: Tensor, indices: Tensor, padding: int, flip: bool) -> Tensor:
-    """Pick, shift by up to `padding` pixels and mirror images, all in one gather.
+    """Pick images, shift each by up to `padding` pixels, and flip half of them left to right.
 
-    What a shift brings in from outside is the image's own reflection.
+    Pixels shifted in from outside are reflected (reflection padding). One gather does all of it:
+    rows and columns are the positions that each output pixel comes from.
 
     images: uint8 (N, H, W, C); indices: int64 (B,). Returns uint8 (B, H, W, C).
     """
-    batch, (height, width) = len(indices), images.shape[1:3]
-
-    def shifted(length):  # (B, length): the pixel that each output row or column is taken from
-        shift = torch.randint(-padding, padding + 1, (batch, 1), device=images.device)
-        position = (torch.arange(length, device=images.device) + shift).abs()
-        return length - 1 - (length - 1 - position).abs()
-    rows, columns = shifted(height), shifted(width)
+    batch = len(indices)
+    height, width = images.shape[1:3]
+    device = images.device
+    shift = torch.randint(-padding, padding + 1, (2, batch, 1), device=device)
+    rows = reflect(torch.arange(height, device=device) + shift[0], height)  # (B, H)
+    columns = reflect(torch.arange(width, device=device) + shift[1], width)  # (B, W)
     if flip:
-        mirrored = torch.rand(batch, 1, device=images.device) < 0.5
-        columns = torch.where(mirrored, columns.flip(1), columns)
+        flipped = torch.rand(batch, 1, device=device) < 0.5
+        columns = torch.where(flipped, columns.flip(1), columns)
+    # Three index tensors that broadcast to (B, H, W): which image, which row, which column.
     return images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 # ---------------------------------------------------------------- Model
 
 
+def conv_block(inputs: int, outputs: int, convs: int, batch_norm: bool) -> nn.Sequential:
+    """`convs` times Conv2d + BatchNorm + ReLU, then MaxPool.
+
+    float (N, inputs, H, W) -> float (N, outputs, H / 2, W / 2).
+    """
+    layers = []
+    for _ in range(convs):
+        # Batch norm has a shift of its own, so the convolution before it needs no bias.
+        layers.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=not batch_norm))
+        if batch_norm:
+            layers.append(nn.BatchNorm2d(outputs))
+        layers.append(nn.ReLU(inplace=True))
+        inputs = outputs
+    return nn.Sequential(*layers, nn.MaxPool2d(2))
+
+
 class CNN(nn.Module):
     """Three blocks of Conv2d + BatchNorm + ReLU + MaxPool, then two fully connected layers.
 
-    images: uint8 (N, 32, 32, 3), pixels 0 to 255 -> logits: float (N, classes).
+    images: uint8 (N, size, size, 3), pixels 0 to 255 -> logits: float (N, classes).
 
-    widths: channels of the three blocks; units: Conv2d + BatchNorm + ReLU before each pooling;
-    hidden: width of the fully connected layer; dropout: share of it zeroed in training;
-    mean, std: of each colour channel in the training part, in units of full brightness.
+    size: a multiple of 8; widths: channels of the blocks; convs: convolutions in each block;
+    hidden: width of the fully connected layer; dropout: probability of dropping one of its units;
+    mean, std: of each color channel in the training set, where full brightness is 1.
     """
 
-    def __init__(self, classes: int = 10, widths: Sequence[int] = (32, 64, 128), units: int = 1,
+    def __init__(self, classes: int = 10, size: int = 32,
+                 widths: Sequence[int] = (32, 64, 128), convs: int = 1,
                  hidden: int = 256, dropout: float = 0.2, batch_norm: bool = True,
                  mean: Sequence[float] = (0.5, 0.5, 0.5),
                  std: Sequence[float] = (0.25, 0.25, 0.25)):
         super().__init__()
-        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1))
-        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1))
-        layers, channels = [], 3
-        for width in widths:
-            for unit in range(units):
-                # Batch norm has a shift of its own, so the convolution needs no bias.
-                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=not batch_norm)]
-                layers += [nn.BatchNorm2d(width)] if batch_norm else []
-                # The largest of four is the same before ReLU or after it: pool first, and
-                # ReLU has a quarter of the numbers to go through.
-                layers += [nn.MaxPool2d(2)] if unit == units - 1 else []
-                layers += [nn.ReLU(inplace=True)]
-                channels = width
-        self.features = nn.Sequential(*layers)
+        # In units of pixels, and shaped to broadcast over (N, 3, size, size).
+        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
+        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+        # Sizes for images of 32 x 32 pixels and the default widths.
+        self.features = nn.Sequential(
+            conv_block(3, widths[0], convs, batch_norm),  # (N, 32, 16, 16)
+            conv_block(widths[0], widths[1], convs, batch_norm),  # (N, 64, 8, 8)
+            conv_block(widths[1], widths[2], convs, batch_norm),  # (N, 128, 4, 4)
+        )
         self.classifier = nn.Sequential(
-            nn.Flatten(),
-            nn.Linear(channels * (SIZE // 8)**2, hidden),
+            nn.Flatten(),  # (N, 2048)
+            nn.Linear(widths[2] * (size // 8)**2, hidden),  # (N, 256)
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
-            nn.Linear(hidden, classes),
+            nn.Linear(hidden, classes),  # (N, 10)
         )
         for module in self.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
-                # He et al., 2015: keeps the variance of activations from layer to layer.
+                # Keeps the variance of activations from layer to layer. He et al., 2015.
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        # At first every class is equally likely: the loss starts at log(classes), no higher.
+        # At first every class is equally likely, and the loss is log(classes).
         nn.init.zeros_(self.classifier[-1].weight)
-        self.to(memory_format=torch.channels_last)  # the layout that convolutions run fastest in
+        # Channels last is the memory format in which convolutions are fastest.
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        # (N, 3, 32, 32), and in memory still (N, 32, 32, 3)
-        x = images.permute(0, 3, 1, 2).to(self.mean.dtype)
+        x = images.permute(0, 3, 1, 2).to(self.mean.dtype)  # (N, 3, size, size)
         x = (x - self.mean) / self.std
-        x = self.features(x)  # (N, widths[2], 4, 4)
+        x = self.features(x)  # (N, widths[2], size / 8, size / 8)
         return self.classifier(x)  # (N, classes)
 
 
@@ -207,286 +288,272 @@ class CNN(nn.Module):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy against targets of 1 - smoothing for the label, the rest for all alike.
+    """Mean cross-entropy with label smoothing (Szegedy et al., 2016): the label's target is
+    1 - smoothing, and `smoothing` is spread evenly over all classes.
 
-    logits: float (N, classes); labels: int64 (N,). Label smoothing: Szegedy et al., 2016.
+    logits: float (N, classes); labels: int64 (N,).
     """
     log_probabilities = F.log_softmax(logits, dim=1)
-    return ((1 - smoothing) * F.nll_loss(log_probabilities, labels)
-            - smoothing * log_probabilities.mean())
+    of_labels = F.nll_loss(log_probabilities, labels)
+    of_all_classes = -log_probabilities.mean()
+    return (1 - smoothing) * of_labels + smoothing * of_all_classes
 
 
-def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
+def score(row: dict) -> tuple:
+    """What the best epoch has most of: validation accuracy; of equal ones, the lower loss."""
+    return row["validation_accuracy"], -row["validation_loss"]
+
+
+def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
-    common.seed_everything(args.seed)
-    pixels = data.train.images[::10].reshape(-1, 3).float() / 255
-    options = {"classes": len(data.classes), "widths": args.widths, "units": args.units,
-               "hidden": args.hidden, "dropout": args.dropout, "batch_norm": not args.no_batch_norm,
-               "mean": pixels.mean(0).tolist(), "std": pixels.std(0).clamp(min=1e-3).tolist()}
+    torch.manual_seed(args.seed)
+    sample = data.train.images[::10]
+    pixels = sample.reshape(-1, 3).float() / 255  # the colors of a tenth of the images
+    options = {
+        "classes": len(data.classes), "size": args.size, "widths": args.widths,
+        "convs": args.convs, "hidden": args.hidden, "dropout": args.dropout,
+        "batch_norm": not args.no_batch_norm,
+        "mean": pixels.mean(0).tolist(),
+        "std": pixels.std(0).clamp(min=1e-3).tolist()}
+    flip = not args.no_flip
     model = CNN(**options).to(device)
-    images, labels = (tensor.to(device) for tensor in data.train)
-    steps = math.ceil(len(labels) / args.batch_size)
+    # The whole training set lives on the device: a batch is then one indexing operation.
+    images = data.train.images.to(device)
+    labels = data.train.labels.to(device)
+    # The learning rate changes at each step, so the scheduler needs the steps of an epoch.
+    steps = len(common.shuffled_batches(len(labels), args.batch_size, args.seed))
     optimizer = torch.optim.SGD(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                 momentum=0.9, nesterov=True)
-    decay = args.epochs * steps if args.schedule == "cosine" else math.inf
-    schedule = common.warmup_cosine(optimizer, args.epochs * steps // 8, decay)
-    dtype = common.select_dtype(args.precision, device)
-    scaler = common.gradient_scaler(dtype)
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    path, checksum, history = folder / "last.pt", common.checksum(data), []
-    if args.resume:
-        checkpoint = common.load_checkpoint(path, "cnn.py")
-        history = common.restore(path, checkpoint, state, checksum)
-    parallel = common.parallel(common.compile_model(model, args.compile), device)
+    scheduler = common.make_scheduler(optimizer, args, steps)
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    history = common.resume(folder, args, state) if args.resume else []
+    ddp_model = common.data_parallel(model, args, device)
+    autocast = common.autocast(args.precision, device)
 
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        if history and common.epochs_since_best(history, "validation_accuracy") >= args.patience:
-            print(f"no better validation accuracy for {args.patience} epochs: stopping early")
-            break
+    for epoch in common.epochs(args, history, score):
         start = time.perf_counter()
-        common.seed_everything(args.seed, epoch)
         model.train()
-        totals = torch.zeros(2, device=device)  # loss, right ones
-        order = torch.randperm(len(labels)).to(device)
-        bar = common.progress(common.shares(order.split(args.batch_size)),
-                              f"epoch {epoch}/{args.epochs}")
-        for step, (indices, weight, count) in enumerate(bar):
-            batch = random_crop_flip(images, indices, args.crop, not args.no_flip)
-            with common.autocast(device, dtype):
-                logits = parallel(batch)
-            loss = cross_entropy(logits.float(), labels[indices], args.label_smoothing)
+        means = common.RunningMeans()
+        batches = common.shuffled_batches(len(labels), args.batch_size, args.seed, epoch)
+        for indices in common.progress_bar(batches.to(device), f"epoch {epoch}/{args.epochs}"):
+            # The batch, augmented on the device.
+            inputs = random_crop_flip(images, indices, args.crop, flip)
+            targets = labels[indices]
+            # Forward pass and loss; the loss in float32 whatever the precision of the model.
+            with autocast:
+                logits = ddp_model(inputs)
+            loss = cross_entropy(logits.float(), targets, args.label_smoothing)
+            # Backward pass, and a step along the gradient.
             optimizer.zero_grad()
-            scaler.scale(weight * loss).backward()
-            scaler.unscale_(optimizer)
-            common.clip_gradients(model, args.clip, (epoch - 1) * steps + step + 1, scaler)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            right = (logits.argmax(1) == labels[indices]).float().mean()
-            totals += weight * count * torch.stack([loss.detach(), right])
-            if step % 10 == 9:
-                loss, right = totals / (step * args.batch_size + count)
-                bar.set_postfix_str(f"loss {loss:.3f}, accuracy {right:.1%}", refresh=False)
-        common.average_buffers(model)
-        train_loss, train_accuracy = (common.mean_of_processes(totals) / len(labels)).tolist()
-        logits = predict_logits(model, data.validation.images, not args.no_flip, device)
-        history.append({
-            "epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
-            "train_loss": train_loss, "train_accuracy": train_accuracy,
-            "validation_loss": cross_entropy(logits, data.validation.labels).item(),
-            "validation_accuracy": accuracy(logits, data.validation.labels),
-            "seconds": time.perf_counter() - start})
-        row = history[-1]
-        print(f"epoch {epoch:2}/{args.epochs}  train {row['train_loss']:.3f}, "
-              f"{row['train_accuracy']:.1%}  validation {row['validation_loss']:.3f}, "
-              f"{row['validation_accuracy']:.1%}  {common.pace(history, args.epochs)}", flush=True)
-        best = common.epochs_since_best(history, "validation_accuracy") == 0 and {
-            "script": "cnn.py", "model": model.state_dict(), "model_options": options,
-            "classes": data.classes, "mirror": not args.no_flip, "metrics": row}
-        common.save_epoch(folder, history, best, {
-            "script": "cnn.py", "options": vars(args), "data": checksum, "history": history,
-            **{name: part.state_dict() for name, part in state.items()}})
+            loss.backward()
+            norm = common.clip_gradients(model, args.clip)
+            optimizer.step()
+            scheduler.step()
+            accuracy = (logits.argmax(1) == targets).float().mean()
+            means.update(train_loss=loss, train_accuracy=accuracy, gradient_norm=norm,
+                         clipped=norm > args.clip)
+
+        # Early stopping and the choice of the best epoch look at the validation set alone.
+        validation = common.on_first(measure, model, data.validation, flip, device)
+        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **means.compute(),
+               "validation_loss": validation["loss"],
+               "validation_accuracy": validation["accuracy"],
+               "seconds": time.perf_counter() - start}
+        history.append(row)
+        print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}, {train_accuracy:.1%}  "
+              "validation {validation_loss:.3f}, {validation_accuracy:.1%}  {seconds:.1f} s".format(
+                  epochs=args.epochs, **row), flush=True)
+        best = None
+        if common.epochs_since_best(history, score) == 0:
+            best = {"model": model.state_dict(), "options": options, "classes": data.classes,
+                    "flip": flip}
+        common.save_epoch(folder, args, history, state, best)
     return history
 
 
-# ---------------------------------------------------------------- Evaluation and pictures
+# ---------------------------------------------------------------- Evaluation and plots
 
 
-def predict_logits(model: CNN, images: Tensor, mirror: bool, device: torch.device) -> Tensor:
-    """Logits (N, classes), on the CPU, for uint8 images (N, 32, 32, 3) on any device.
+@torch.no_grad()
+def predict_logits(model: CNN, images: Tensor, flip: bool, device: torch.device) -> Tensor:
+    """Logits, float (N, classes) on the CPU, of uint8 images (N, size, size, 3).
 
-    With `mirror`, the mean of those of each image and of its mirror image: a network that was
-    trained on both is right more often about the two together.
+    With `flip`, the mean of the logits of each image and of its flipped copy (test-time flip
+    augmentation): a model that has been trained on both is more accurate on the two together.
     """
-    model.eval()  # batch norm by its running averages, no dropout
+    model.eval()  # batch norm by its running statistics, no dropout
     logits = []
-    with torch.no_grad():
-        for batch in common.mine(images.split(500)):
-            batch = batch.to(device)
-            views = [batch, batch.flip(2)] if mirror else [batch]
-            logits.append((sum(model(view) for view in views) / len(views)).cpu())
-    return torch.cat(common.gather(logits))
+    for batch in images.split(500):
+        batch = batch.to(device)
+        batch_logits = model(batch)
+        if flip:  # left to right, along the width
+            batch_logits = (batch_logits + model(batch.flip(2))) / 2
+        logits.append(batch_logits.cpu())
+    return torch.cat(logits)
 
 
-def accuracy(logits: Tensor, labels: Tensor, top: int = 1) -> float:
-    """The share of images whose label is among the `top` most probable classes."""
-    best = logits.topk(min(top, logits.shape[1])).indices
-    return (best == labels[:, None]).any(1).double().mean().item()
+def measure(model: CNN, images: ImageSet, flip: bool, device: torch.device) -> dict:
+    """Loss and accuracy on a set of images."""
+    logits = predict_logits(model, images.images, flip, device)
+    accuracy = (logits.argmax(1) == images.labels).double().mean()
+    return {"loss": cross_entropy(logits, images.labels).item(), "accuracy": accuracy.item()}
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: mean gap of confidence and accuracy. Guo et al., 2017."""
+    """Expected calibration error: the mean gap of confidence and accuracy. Guo et al., 2017.
+
+    logits: float (N, classes); labels: int64 (N,).
+    """
     confidence, predicted = F.softmax(logits, dim=1).max(1)
-    gap = (predicted == labels).double() - confidence.double()
-    index = (confidence * bins).long().clamp(max=bins - 1)
-    return (torch.zeros(bins).double().index_add(0, index, gap).abs().sum() / len(labels)).item()
+    gaps = (predicted == labels).double() - confidence.double()
+    bin_of_each = (confidence * bins).long().clamp(max=bins - 1)
+    gap_of_bins = torch.zeros(bins).double().index_add(0, bin_of_each, gaps)
+    return (gap_of_bins.abs().sum() / len(labels)).item()
 
 
-def confusion_matrix(predicted: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Counts (classes, classes): row the true class, column the predicted one."""
-    return (labels * classes + predicted).bincount(minlength=classes**2).view(classes, classes)
-
-
-def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device,
+def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
-    """Measure the best network on the test part; draw the pictures; write summary.json."""
+    """Measure the best model on the test set; draw the plots; write summary.json."""
     model, checkpoint = load_model(folder / "best.pt", device)
-    logits = predict_logits(model, data.test.images, not args.no_flip, device)
+    logits = predict_logits(model, data.test.images, checkpoint["flip"], device)
     labels = data.test.labels
-    confusion = confusion_matrix(logits.argmax(1), labels, len(data.classes))
-    by_class = confusion.diag().double() / confusion.sum(1).clamp(min=1)
-    test = {"accuracy": accuracy(logits, labels), "top3": accuracy(logits, labels, top=3),
-            "loss": cross_entropy(logits, labels).item(),
-            "calibration_error": calibration_error(logits, labels),
-            "per_class": dict(zip(data.classes, by_class.tolist())),
-            "best_epoch": checkpoint["metrics"]["epoch"]}
-    seconds = sum(row["seconds"] for row in history)
-    common.write_summary(folder / "summary.json", script="cnn.py", data=data.name,
-                         options=vars(args), test=test, seconds=seconds)
+    # The only place where the test set is used.
+    test = common.classification_report(logits.argmax(1), labels, data.classes)
+    test["loss"] = cross_entropy(logits, labels).item()
+    test["calibration_error"] = calibration_error(logits, labels)
+    test["best_epoch"] = checkpoint["metrics"]["epoch"]
+    common.write_summary(folder, args, history, test)
     title = f"CNN on {data.name}"
-    common.plot_history(folder / "curves.png", history, title, {
+    figure, _ = common.plot_history(history, args, title, {
         "loss": {"training, smoothed": "train_loss", "validation": "validation_loss"},
-        "accuracy": {"training": "train_accuracy", "validation": "validation_accuracy"},
-        "learning rate": {"learning rate": "learning_rate"}})
-    draw_confusion(folder / "confusion.png", confusion, data.classes,
+        "fraction correct": {"training": "train_accuracy", "validation": "validation_accuracy"},
+        "gradient norm": {"before clipping": "gradient_norm"}})
+    common.save_figure(folder / "curves.png", figure)
+    draw_confusion(folder / "confusion.png", logits.argmax(1), labels, data.classes,
                    f"{title}: test accuracy {test['accuracy']:.2%}")
     draw_predictions(folder / "predictions.png", data, logits, title)
-    draw_filters(folder / "filters.png", model, title)
-    print(f"\ntest on {data.name}, {len(labels)} images, weights of epoch {test['best_epoch']}:\n"
-          f"accuracy {test['accuracy']:.2%}, top-3 {test['top3']:.2%}, "
-          f"calibration error {test['calibration_error']:.3f}")
-    for name, value in test["per_class"].items():
-        print(f"  {name:<16.16} {value:7.2%}")
-    print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}\n"
-          f"classify your own files with: python cnn.py --out {args.out} --predict FILE ...")
+    print(f"\ntest on {data.name} with the weights of epoch {test['best_epoch']}:")
+    common.print_report(test)
+    print(f"plots and checkpoints are in {args.out}; classify files of your own with:\n"
+          f"python cnn.py --out {shlex.quote(args.out)} --predict FILE ...")
 
 
-def draw_confusion(path: Path, confusion: Tensor, classes: list, title: str) -> None:
-    size, classes = 3 + 0.42 * len(classes), list(map(common.plain, classes))
-    figure, ((axis,),) = common.new_figure(1, 1, (size + 1, size), title)
-    share = confusion.float() / confusion.sum(1, keepdim=True).clamp(min=1)
-    image = axis.imshow(share, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="share of the true class", shrink=0.8)
-    ticks = range(len(classes))
-    axis.set(xlabel="predicted", ylabel="true", xticks=ticks, yticks=ticks, yticklabels=classes)
-    axis.set_xticklabels(classes, rotation=45, ha="right", rotation_mode="anchor")
-    for row in ticks if len(classes) <= 20 else ():
-        for column in ticks:
-            axis.text(column, row, int(confusion[row, column]), ha="center", va="center",
-                      fontsize=8, color="white" if share[row, column] > 0.5 else "black")
+def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
+                   title: str) -> None:
+    """The confusion matrix: a row for each true class, a column for each predicted one."""
+    count = len(classes)
+    # Each pair (true, predicted) is one number, so that bincount() counts them all at once.
+    confusion = (labels * count + predicted).bincount(minlength=count**2)
+    confusion = confusion.view(count, count)
+    fraction = confusion.float() / confusion.sum(1, keepdim=True).clamp(min=1)
+    inches = 3 + 0.42 * count
+    figure, axes = common.new_figure(1, 1, (inches + 1, inches), title)
+    axis = axes[0, 0]
+    colors = axis.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(colors, label="fraction of the true class", shrink=0.8)
+    names = [common.plain(name) for name in classes]
+    axis.set(xlabel="predicted", ylabel="true")
+    axis.set_yticks(range(count))
+    axis.set_yticklabels(names)
+    axis.set_xticks(range(count))
+    axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
+    # With more classes there is no room for numbers.
+    if count <= 20:
+        for row in range(count):
+            for column in range(count):
+                color = "white" if fraction[row, column] > 0.5 else "black"
+                axis.text(column, row, int(confusion[row, column]), color=color, fontsize=8,
+                          ha="center", va="center")
     common.save_figure(path, figure)
 
 
-def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str,
-                     columns: int = 8) -> None:
-    """Two rows of test images that are right, two that are wrong: the surest, then a sample."""
+def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> None:
+    """Two rows of correctly classified test images, and two of misclassified ones: in each case
+    first the most confident predictions, then a sample of all.
+    """
+    columns = 8
     confidence, predicted = F.softmax(logits, dim=1).max(1)
-    right = predicted == data.test.labels
-    figure, axes = common.new_figure(4, columns, (1.55 * columns, 7.6), title)
-    for rows, mask, colour in ((axes[:2], right, "green"), (axes[2:], ~right, "firebrick")):
-        chosen = torch.where(mask)[0]
-        surest = chosen[confidence[chosen].argsort(descending=True)]
-        shown = torch.cat([surest[:columns], surest[columns:][::max(1, len(surest) // columns)]])
-        for axis in rows.flat:
-            axis.axis("off")
-        for axis, i in zip(rows.flat, shown.tolist()):
+    correct = predicted == data.test.labels
+    figure, axes = common.new_figure(4, columns, (1.3 * columns, 7), title)
+    for axis in axes.flat:
+        axis.axis("off")
+    for rows, mask, color in ((axes[:2], correct, "green"), (axes[2:], ~correct, "red")):
+        order = confidence[mask].argsort(descending=True)
+        chosen = torch.where(mask)[0][order]  # indices of images, most confident first
+        step = len(chosen) // columns + 1
+        shown = [*chosen[:columns], *chosen[columns::step]]
+        for axis, i in zip(rows.flat, shown):
             axis.imshow(data.test.images[i])
             text = f"{data.classes[predicted[i]]} {confidence[i]:.0%}"
-            if not right[i]:
-                text += f"\nis {data.classes[data.test.labels[i]]}"
-            axis.set_title(common.plain(text), fontsize=9, color=colour)
-    common.save_figure(path, figure)
-
-
-def draw_filters(path: Path, model: CNN, title: str, columns: int = 16) -> None:
-    """The kernels of the first layer, as the colours to which each responds most."""
-    kernels = model.features[0].weight.detach().cpu().permute(0, 2, 3, 1)  # (widths[0], 3, 3, 3)
-    rows = math.ceil(len(kernels) / columns)
-    wall = torch.ones(4 * rows + 1, 4 * columns + 1, 3)
-    for i, kernel in enumerate(kernels):
-        y, x = 4 * (i // columns) + 1, 4 * (i % columns) + 1
-        wall[y:y + 3, x:x + 3] = 0.5 + 0.5 * kernel / kernel.abs().max()
-    figure, ((axis,),) = common.new_figure(1, 1, (8, 0.5 * rows + 0.6),
-                                           f"{title}: the {len(kernels)} kernels of layer 1")
-    axis.imshow(wall)
-    axis.axis("off")
+            if not correct[i]:
+                text += f"\ntrue: {data.classes[data.test.labels[i]]}"
+            axis.set_title(common.plain(text), fontsize=8, color=color)
     common.save_figure(path, figure)
 
 
 def load_model(path: Path, device: torch.device) -> tuple[CNN, dict]:
-    """The network saved in a best.pt, and the checkpoint itself."""
-    checkpoint = common.load_checkpoint(path, "cnn.py", "mirror", "metrics")
-    with common.using(path):
-        model = CNN(**checkpoint["model_options"])
-        model.load_state_dict(checkpoint["model"])
-        if len(checkpoint["classes"]) != model.classifier[-1].out_features:
-            raise ValueError(f"{len(checkpoint['classes'])} names of classes")
+    """The model saved in a best.pt, and the checkpoint itself."""
+    checkpoint = common.load_checkpoint(path, "cnn.py")
+    model = CNN(**checkpoint["options"])
+    model.load_state_dict(checkpoint["model"])
     return model.to(device), checkpoint
 
 
-def predict(args: argparse.Namespace, device: torch.device) -> None:
+def predict(args: Namespace, device: torch.device) -> None:
     """Print `file <tab> class <tab> probability` for each file of --predict."""
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    files = sys.stdin.read().split("\n") if args.predict == ["-"] else args.predict
-    files = [file for file in files if file]
-    if not files:
-        return
-    images = torch.from_numpy(np.stack([common.read_image(file, SIZE, 3) for file in files]))
-    logits = predict_logits(model, images, checkpoint["mirror"], device)
-    probabilities = F.softmax(logits, dim=1)
-    for file, probability, index in zip(files, *(t.tolist() for t in probabilities.max(1))):
-        print(f"{file}\t{checkpoint['classes'][index]}\t{probability:.4f}")
+    files = common.prediction_inputs(args.predict, files=True)
+    size = checkpoint["options"]["size"]
+    images = [common.read_image(file, size, 3) for file in files]
+    images = torch.from_numpy(np.stack(images))  # (N, size, size, 3)
+    logits = predict_logits(model, images, checkpoint["flip"], device)
+    probabilities, labels = F.softmax(logits, dim=1).max(1)
+    for file, label, probability in zip(files, labels.tolist(), probabilities.tolist()):
+        print(f"{file}\t{checkpoint['classes'][label]}\t{probability:.4f}")
 
 
 # ---------------------------------------------------------------- Command line
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = common.option_parser(
-        "cnn.py", __doc__, "auto, cifar10, synthetic, or a folder of images in class sub-folders",
-        data="auto", out="runs/cnn", epochs=24, batch_size=128, lr=0.2, weight_decay=5e-4,
-        clip=5.0, patience=10)
-    group = parser.add_argument_group("options of the CNN")
-    whole, share = common.number(int, 1), common.number(float, 0, 0.99)
-    group.add_argument("--widths", type=whole, nargs=3, metavar="N", default=[32, 64, 128],
-                       help="channels of the three blocks [32 64 128]")
-    group.add_argument("--units", type=whole, default=1, metavar="N",
-                       help="Conv2d + BatchNorm + ReLU before each pooling [%(default)s]")
-    group.add_argument("--hidden", type=whole, default=256, metavar="N",
-                       help="width of the fully connected layer [%(default)s]")
-    group.add_argument("--dropout", type=share, default=0.2, metavar="SHARE",
-                       help="share of the hidden layer zeroed in training [%(default)s]")
-    group.add_argument("--label-smoothing", type=share, default=0.1, metavar="SHARE",
-                       help="share of each target spread over all classes [%(default)s]")
-    group.add_argument("--crop", type=common.number(int, 0, SIZE - 1), default=3, metavar="PIXELS",
-                       help="largest random shift of a training image [%(default)s]")
-    group.add_argument("--schedule", choices=("cosine", "constant"), default="cosine",
-                       help="learning rate after the warm-up [%(default)s]")
-    group.add_argument("--no-flip", action="store_true",
-                       help="do not mirror training images (digits, text)")
-    group.add_argument("--no-batch-norm", action="store_true", help="leave batch norm out")
-    group.add_argument("--synthetic-size", type=common.number(int, 100), default=12000, metavar="N",
-                       help="images of the synthetic set to train and validate on [%(default)s]")
-    group.add_argument("--predict", nargs="+", metavar="FILE",
-                       help="classify image files by best.pt in --out; - reads names from stdin")
+def build_parser() -> common.ArgumentParser:
+    parser = common.option_parser("cnn.py", __doc__, out="runs/cnn", epochs=24, batch_size=128,
+                                  lr=0.2, warmup=0.125, weight_decay=5e-4, clip=5.0, patience=10)
+    count, fraction = common.number(int, 1), common.number(float, 0, 0.99)
+    add = parser.add_argument_group("options of the CNN").add_argument
+    add("--data", default="auto", help="auto, cifar10, synthetic, or a folder of class folders")
+    add("--size", type=common.number(int, 8, 1024), default=32, help="images are SIZE x SIZE")
+    add("--limit", type=count, help="use only the first LIMIT images of the training set")
+    add("--synthetic-size", type=common.number(int, 100), default=12000, help="synthetic images")
+    add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of the blocks")
+    add("--convs", type=count, default=1, help="convolutions in each block")
+    add("--hidden", type=count, default=256, help="width of the fully connected layer")
+    add("--dropout", type=fraction, default=0.2, help="dropout probability")
+    add("--label-smoothing", type=fraction, default=0.1, help="label smoothing")
+    add("--crop", type=common.number(int, 0, 7), default=3, help="largest random shift, in pixels")
+    add("--no-flip", action="store_true", help="do not flip images (for digits or text)")
+    add("--no-batch-norm", action="store_true", help="leave batch norm out")
+    add("--predict", nargs="+", metavar="FILE", help="classify images with best.pt; - reads stdin")
     return parser
 
 
 def main() -> None:
-    args = common.parse_options(build_parser(), fixed=(
-        "data", "seed", "widths", "units", "hidden", "dropout", "no_batch_norm", "synthetic_size"))
+    args = common.parse_options(build_parser())
+    if args.size % 8:  # three poolings halve it three times
+        raise common.UserError("--size must be a multiple of 8")
     device = common.select_device(args.device)
     if args.predict:
         predict(args, device)
         return
     data = load_data(args)
-    args.data = data.name  # so that a resumed run cannot end up on another set
-    print(f"{data.name}, {len(data.classes)} classes, on {device}: images to train "
-          f"{len(data.train.labels)}, validate {len(data.validation.labels)}, test "
-          f"{len(data.test.labels)}")
-    with common.run_folder(args.out, args.resume) as folder:
+    args.data = data.name  # what --resume loads, even if --data was auto
+    args.checksum = zlib.crc32(data.train.images.numpy())
+    sizes = [len(images) for images, _ in (data.train, data.validation, data.test)]
+    common.describe_sets(data.name, device, *sizes)
+    describe_classes(data)
+    with common.run_folder(args) as folder:
         history = train(args, data, folder, device)
-        evaluate(args, data, folder, device, history)
+        if common.RANK == 0:
+            evaluate(args, data, folder, device, history)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What the four scripts share: small independent helpers, each useful alone.
+"""What the four scripts share: options, device, schedule, checkpoints, plots and reading files.
 
-torchvision, Pillow and Matplotlib are imported where they are used, so that synthetic
-data needs none of them and `--help` stays quick.
+Nothing here knows any of the models. torchvision, Pillow and Matplotlib are imported where they
+are used, so that `--help` is quick and synthetic data needs none of them.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import ctypes
 import io
-import itertools
 import json
 import math
 import os
@@ -19,13 +17,15 @@ import random
 import shlex
 import signal
 import socket
-import subprocess
 import sys
+import time
+import unicodedata
 import warnings
 import zipfile
-import zlib
+from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -35,207 +35,118 @@ from tqdm import tqdm
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs at once into one folder are not noticed
+except ImportError:  # Windows has no file locks of this kind
     fcntl = None
 
-# ---------------------------------------------------------------- Errors and signals
+# ---------------------------------------------------------------- Start and end of a run
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one line that names the file or flag, and the way out."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the program stands, so that `with` and `finally` still run."""
-
-
-STOPPED_BY = []  # the exception of a signal: Python drops one raised while it collects garbage
-SAVING = []  # not empty while torch.save() writes: an exception in there can end the process
-
-
-def raise_late_signal() -> None:
-    """Raise what a signal has not raised yet, or in vain."""
-    if STOPPED_BY:
-        raise STOPPED_BY[0]
+    """An error that the user can fix; the message says what is wrong and what to do about it."""
 
 
 def run_main(main: Callable) -> None:
-    """Run `main()`; a UserError is one line and exit status 2, Ctrl-C is 130, SIGTERM 143."""
-    def stop(signal_number, frame):
-        STOPPED_BY.append(Terminated if signal_number == signal.SIGTERM else KeyboardInterrupt)
-        if not SAVING:
-            raise STOPPED_BY[0]
-    for number in signal.SIGINT, signal.SIGTERM:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as it is in the background
-            signal.signal(number, stop)
-    sys.unraisablehook = lambda dropped: STOPPED_BY or sys.__unraisablehook__(dropped)
-    keep_freed_memory()
-    # What PyTorch warns of differs from version to version, and is in order here.
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\b")
-    if RANK:
-        sys.stdout = open(os.devnull, "w")
-    for stream in sys.stdin, sys.stdout:  # bytes that are not UTF-8 come out as they went in
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    """Run `main()`. Errors that the user can fix are printed as one line, with exit status 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    warnings.filterwarnings("ignore", module=r"torch\b")
     try:
-        if WORLD > 1:
-            # Every start under a name of its own: those of the last one left their addresses.
-            store, _, _ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore(str(RESTARTS), store)
-            dist.init_process_group("gloo", store=store, rank=RANK, world_size=WORLD)
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        start_processes()
         main()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error:", one_line(error), file=sys.stderr)
+        sys.stdout.flush()
+    except (UserError, OSError) as error:
+        # If the disk is full, or the reader of our output gone, nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if not isinstance(error, BrokenPipeError):
+            message = " ".join(str(error).split())
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:  # whoever reads our output, as `head` does, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except RuntimeError as error:
-        if WORLD == 1 or not ("by peer" in str(error) or "connect" in str(error)):
-            raise
-        print(f"process {RANK}: another process of this run is gone", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt as stop:
-        sys.exit(143 if isinstance(stop, Terminated) else 130)
-
-
-def one_line(message: object) -> str:
-    """The message in one line, whatever the names in it are made of."""
-    return str(message).replace("\n", "\\n")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def warn(message: str) -> None:
+    """Print a warning, once, in the first process."""
     if RANK == 0:
-        print(f"warning: {message}", file=sys.stderr)
+        warnings.warn(message)
 
 
-# ---------------------------------------------------------------- Several processes
+# ---------------------------------------------------------------- Several processes (torchrun)
 
-# torchrun starts WORLD processes, on one machine or more, and tells each its number; after a crash
-# it starts them again.
-RANK, LOCAL_RANK, WORLD, RESTARTS = (int(os.environ.get(name, default)) for name, default in (
-    ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("TORCHELASTIC_RESTART_COUNT", 0)))
+# torchrun starts WORLD processes and tells each its number, and its number on its machine.
+RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model; with several processes, one whose backward pass averages their gradients."""
+def start_processes() -> None:
+    """Connect the processes that torchrun started; the first one alone prints."""
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+    if RANK > 0 or WORLD > 1:
+        try:
+            dist.init_process_group("gloo")
+        except ValueError as error:
+            raise UserError(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}") from None
+
+
+def data_parallel(model: nn.Module, args: Namespace, device: torch.device) -> nn.Module:
+    """The model to call in training: with --compile a compiled one, and with several processes one
+    whose backward pass averages the gradients over all of them.
+    """
+    if args.compile:
+        model = torch.compile(model)
     if WORLD == 1:
         return model
     group = dist.new_group(backend="nccl") if device.type == "cuda" else None
-    return DDP(model, process_group=group, **{DDP_BUFFERS: False})
+    # Batch norm's running statistics are those of the first process, which evaluates and saves.
+    return nn.parallel.DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
 
 
-def shares(batches: Iterable[Tensor], terms: Tensor | None = None) -> list:
-    """Deal each batch of indices out to the processes: a list of this one's (indices, weight,
-    terms in the whole batch). From here on each process draws random numbers of its own.
+def on_first(function: Callable, *arguments: Any) -> Any:
+    """Call a function in the first process alone; all processes get what it returns."""
+    result = [function(*arguments) if RANK == 0 else None]
+    if WORLD > 1:
+        dist.broadcast_object_list(result, src=0)
+    return result[0]
 
-    The mean over processes of weight * (mean loss of the share) is the mean loss of the batch.
-    `terms`, (N,): how many terms of the loss each example has; one, if None.
+
+def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
+    """Indices 0 ... count - 1 in random order: int64 (steps, batch size), this process's columns.
+
+    Every batch is full: the indices left over at the end of the order are not used in this epoch.
     """
-    if RANK:
-        torch.manual_seed(torch.initial_seed() + RANK)
-    dealt = []
-    for batch in batches:
-        mine = batch[RANK::WORLD]
-        if len(batch) < 2 * WORLD:  # too few for batch norm in each: all do the whole batch
-            mine = batch
-        count, ours = (len(rows) if terms is None else terms[rows].sum().item()
-                       for rows in (batch, mine))
-        dealt.append((mine, WORLD * ours / count if len(mine) < len(batch) else 1.0, count))
-    return dealt
+    batch_size = min(batch_size, count) // WORLD * WORLD
+    if batch_size < 2 * WORLD:  # batch norm needs two examples
+        raise UserError(f"--batch-size: each of {WORLD} processes needs at least 2 examples a step")
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
+    steps = count // batch_size
+    return order[:steps * batch_size].view(steps, batch_size)[:, RANK::WORLD]
 
 
-def mean_of_processes(tensor: Tensor) -> Tensor:
-    """The mean of what the processes have in this place, on the CPU."""
-    tensor = tensor.cpu()
-    if WORLD > 1:
-        dist.all_reduce(tensor)
-        tensor /= WORLD
-    return tensor
+# ---------------------------------------------------------------- Device and precision
 
-
-def average_buffers(*models: nn.Module) -> None:
-    """Average the processes' running statistics, which each takes from its own shares."""
-    for model in models if WORLD > 1 else ():
-        for buffer in model.buffers():
-            if buffer.is_floating_point():
-                buffer.copy_(mean_of_processes(buffer.clone()))
-
-
-def mine(items: Sequence) -> Sequence:
-    """What this process has to do of a list that the processes share out."""
-    return items[RANK::WORLD]
-
-
-def gather(results: list) -> list:
-    """The results of all processes, in the order of the list of which each did what is `mine`."""
-    parts = [results]
-    if WORLD > 1:
-        parts = [None] * WORLD
-        dist.all_gather_object(parts, results)
-    return [part[i] for i in range(len(parts[0])) for part in parts if i < len(part)]
-
-
-def of_the_first(value: Any) -> Any:
-    """What the first process has in this place."""
-    box = [value]
-    if WORLD > 1:
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-# ---------------------------------------------------------------- PyTorch from 1.7 to today
-
-HAS_AUTOCAST = hasattr(torch, "autocast")  # 1.10; before, float16 on CUDA alone
-_cpu = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()  # old versions cannot tell
-CPU_HAS_BFLOAT16 = _cpu.get("avx512_bf16", False) or _cpu.get("amx_bf16", False)
-FUSED_ATTENTION = hasattr(nn.functional, "scaled_dot_product_attention")  # 2.0
-DDP = nn.parallel.DistributedDataParallel
-# For running statistics of each process's own; the name changed in 2.15.
-DDP_BUFFERS = ("forward_sync_buffers" if "forward_sync_buffers" in DDP.__init__.__code__.co_varnames
-               else "broadcast_buffers")
-# torch.load() that runs no code; that of 1.13 refuses every float.
-SAFE_LOADING = {"weights_only": True} if int(torch.__version__.split(".")[0]) > 1 else {}
-FUSED_ADAM = {"fused": True} if "fused" in torch.optim.AdamW.__init__.__code__.co_varnames else {}
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """The context of a forward pass in `dtype`; float32 changes nothing."""
-    if dtype == torch.float32:
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype) if HAS_AUTOCAST else torch.cuda.amp.autocast()
-
-
-def gradient_scaler(dtype: torch.dtype) -> Any:
-    """Loss scaling, which float16 needs; any other type passes through it unchanged."""
-    if hasattr(torch, "amp") and hasattr(torch.amp, "GradScaler"):  # 2.3
-        return torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
-    return torch.cuda.amp.GradScaler(enabled=dtype == torch.float16)
-
-
-def compile_model(model: nn.Module, enabled: bool) -> nn.Module:
-    """The model, compiled if that is asked for and PyTorch can (2.0)."""
-    if enabled and not hasattr(torch, "compile"):
-        warn(f"--compile needs PyTorch 2.0, this is {torch.__version__}: going on without it")
-        return model
-    return torch.compile(model) if enabled else model
-
-
-# ---------------------------------------------------------------- Device, seed, memory
+VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
+HAS_AUTOCAST = VERSION >= (1, 10)
+# torch.load() that runs no code from the file; that of 1.13 does not accept floats.
+SAFE_LOADING = {"weights_only": True} if VERSION >= (2, 0) else {}
+# AdamW in one pass over all parameters; before 2.4 on CUDA alone.
+FUSED = {"fused": True} if VERSION >= (2, 4) else {}
+# Whether the CPU has instructions for bfloat16; old versions of PyTorch cannot tell.
+CPU_CAN = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()
+CPU_HAS_BFLOAT16 = CPU_CAN.get("avx512_bf16", False) or CPU_CAN.get("amx_bf16", False)
 
 
 def select_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA, then MPS, then CPU, whichever is there first."""
+    """The device called `name`; `auto` is CUDA if it is there, else the CPU."""
     if name == "auto":
-        mps = getattr(torch.backends, "mps", None)  # Apple's GPUs, from PyTorch 1.12 on
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if mps and mps.is_available() else "cpu")
-    if name == "cuda" and WORLD > 1:  # a GPU for each process of a machine
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
         name = f"cuda:{LOCAL_RANK}"
     try:
-        there = torch.zeros(1, device=name)
-        there.cpu()  # "meta" has no numbers to give back
-        device = there.device
+        device = torch.device(name)
+        torch.zeros(1, device=device).cpu()
     except Exception:
         raise UserError(f"--device {name}: not found by this PyTorch; try --device auto") from None
     if device.type == "cuda":
@@ -243,57 +154,36 @@ def select_device(name: str) -> torch.device:
     return device
 
 
-def select_dtype(precision: str, device: torch.device, small: bool = False) -> torch.dtype:
-    """The type of the forward pass; `auto` is bfloat16 where the device has instructions for it,
-    float16 on older CUDA devices, float32 elsewhere, and on CPUs if the matrices are `small`.
+def autocast(precision: str, device: torch.device, large: bool = True) -> Any:
+    """The context of a forward pass. `auto` is bfloat16 where the device is fast at it, and float32
+    elsewhere; on a CPU, matrices that are not `large` are faster in float32.
     """
-    cuda = device.type == "cuda"
     if precision == "auto":
-        modern = (HAS_AUTOCAST and torch.cuda.get_device_capability(device)[0] >= 8 if cuda
-                  else CPU_HAS_BFLOAT16 and device.type == "cpu" and not small)
-        precision = "bfloat16" if modern else "float16" if cuda else "float32"
-    if precision == "float16" and not cuda or precision == "bfloat16" and not HAS_AUTOCAST:
-        raise UserError(f"--precision {precision} does not work on {device.type} with PyTorch "
-                        f"{torch.__version__}; try --precision auto")
-    return getattr(torch, precision)
-
-
-def seed_everything(*seed: int) -> None:
-    """Seed Python, NumPy and PyTorch, on every device, from one or more whole numbers.
-
-    Each epoch begins with `seed_everything(seed, epoch)`, so a resumed run draws the same numbers.
-    """
-    state = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    random.seed(state)
-    np.random.seed(state)
-    torch.manual_seed(state)
-
-
-def checksum(data: tuple) -> int:
-    """Of nested tuples of tensors and plain Python values; the same in each of several processes,
-    or else a UserError.
-    """
-    def update(value, crc):
-        if isinstance(value, tuple):
-            for part in value:
-                crc = update(part, crc)
-            return crc
-        return zlib.crc32(value.numpy() if torch.is_tensor(value) else repr(value).encode(), crc)
-    result = update(data, 0)
-    if result != of_the_first(result):
-        raise UserError(f"--data: process {RANK} has other data than the first; copy it there")
-    return result
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed memory for the next tensors: mapping it anew costs page faults."""
-    with contextlib.suppress(OSError, AttributeError):  # not glibc
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: map no block by itself
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never shrink the heap
+        fast = CPU_HAS_BFLOAT16 and large
+        if device.type == "cuda":
+            fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        precision = "bfloat16" if fast and HAS_AUTOCAST else "float32"
+    if precision == "float32":
+        return contextlib.nullcontext()
+    if not HAS_AUTOCAST:
+        raise UserError("--precision bfloat16 needs PyTorch 1.10; use --precision float32")
+    return torch.autocast(device.type, torch.bfloat16)
 
 
 # ---------------------------------------------------------------- Command line
+
+# What may differ when a run is resumed. All other options are those that the run began with.
+RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "device", "precision",
+             "compile", "resume"}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise UserError(message)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The description as it is written, and the default value after each option."""
 
 
 def number(kind: type, low: float, high: float = 10**9) -> Callable:
@@ -302,503 +192,528 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
-    parse.__name__ = kind.__name__  # as argparse calls it in "invalid int value"
+    parse.__name__ = kind.__name__  # argparse prints it: "invalid int value"
     return parse
 
 
-def option_parser(script: str, doc: str, data_help: str, epochs_help: str = "%(default)s",
-                  **defaults: Any) -> argparse.ArgumentParser:
-    """A parser with the options that mean the same in every script, and the script's defaults."""
-    parser = argparse.ArgumentParser(
-        script, f"python {script} [options]", doc, allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=26, width=80))
-    parser.error = lambda message: parser.exit(2, f"{script}: error: {one_line(message)}\n")
-    group = parser.add_argument_group("options that every script has")
-    for flag, kind, metavar, meaning in (
-            ("--data", str, "DATA", data_help),
-            ("--data-dir", str, "DIR", "where downloaded data sets are kept"),
-            ("--out", str, "DIR", "folder for what this run writes"),
-            ("--epochs", number(int, 1), "N",
-             f"passes over the training part, at most [{epochs_help}]"),
-            ("--batch-size", number(int, 1), "N", "examples a step"),
-            ("--lr", number(float, 0), "RATE", "peak learning rate"),
-            ("--weight-decay", number(float, 0), "RATE", "decay of weights, not of biases"),
-            ("--clip", number(float, 0), "NORM", "largest norm of the gradient; 0: any"),
-            ("--patience", number(int, 1), "N", "epochs to wait for a better validation result"),
-            ("--seed", number(int, 0, 2**32 - 1), "N", "decides split, weights, order and noise"),
-            ("--device", str, "NAME", "auto, cpu, cuda, cuda:1, mps")):
-        meaning += "" if flag == "--epochs" else " [%(default)s]"
-        group.add_argument(flag, type=kind, metavar=metavar, help=meaning)
-    group.add_argument("--precision", choices=("auto", "float32", "bfloat16", "float16"),
-                       default="auto", help="of the forward pass [%(default)s]")
-    group.add_argument("--compile", action="store_true", help="use torch.compile (PyTorch 2)")
-    group.add_argument("--resume", action="store_true",
-                       help="go on from last.pt in --out, with the options it was started with")
-    parser.set_defaults(data_dir="data", device="auto", seed=0, **defaults)
+def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
+    """A parser with the options that all scripts have, and this script's defaults for them."""
+    parser = ArgumentParser(script, f"python {script} [options]", doc, allow_abbrev=False,
+                            formatter_class=HelpFormatter)
+    count, positive = number(int, 1), number(float, 1e-9, math.inf)
+    add = parser.add_argument_group("options that all four scripts have").add_argument
+    add("--data-dir", default="data", help="where downloaded data sets are kept")
+    add("--out", help="folder for everything that the run writes")
+    add("--epochs", type=count, help="passes over the training set, at most")
+    add("--batch-size", type=number(int, 2), help="examples in a training step")
+    add("--lr", type=positive, help="peak learning rate")
+    add("--warmup", type=number(float, 0, 0.9), help="fraction of training with a rising rate")
+    add("--weight-decay", type=number(float, 0), help="weight decay; biases have none")
+    add("--clip", type=positive, help="maximum norm of the gradient; inf for no clipping")
+    add("--patience", type=count, help="epochs without improvement before early stopping")
+    add("--seed", type=number(int, 0), default=0, help="random seed")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
+        help="of the forward pass")
+    add("--compile", action="store_true", help="use torch.compile (PyTorch 2)")
+    add("--resume", action="store_true", help="continue the run in --out, with its options")
+    parser.set_defaults(script=script, **defaults)
     return parser
 
 
-def parse_options(parser: argparse.ArgumentParser, fixed: Sequence = ()) -> argparse.Namespace:
-    """Parse the command line; with `--resume`, or started again by torchrun after a crash, behind
-    the options in last.pt.
+def parse_options(parser: ArgumentParser) -> Namespace:
+    """Parse the command line. With --resume, the options of the run in --out are the defaults.
 
-    `fixed` names the options that a resumed run cannot change: those of its model and data.
+    Raises UserError if an option is given that a resumed run cannot change.
     """
-    def refuse(message):
-        raise ValueError(message)
     args = parser.parse_args()
-    path = Path(args.out, "last.pt")
-    if args.resume or RESTARTS and of_the_first(path.is_file()):
-        with using(path):
-            saved, words = load_checkpoint(path, parser.prog)["options"], []
-            others = saved.keys() ^ vars(args).keys()
-            if others:
-                raise ValueError("another version's options: " + ", ".join(sorted(others)))
-            saved.update(resume=True, out=args.out)
-            for name, value in saved.items():
-                flag = "--" + name.replace("_", "-")
-                if isinstance(value, list):
-                    words += [flag, *map(str, value)]
-                elif value is not None and value is not False:  # 0 is a value like others
-                    words += [flag if value is True else f"{flag}={value}"]
-            error, parser.error = parser.error, refuse
-            parser.parse_args(words)
-            parser.error = error
-        args = parser.parse_args(words + sys.argv[1:])
-        for name in fixed:
-            if getattr(args, name) != saved.get(name):
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag}: the run in {args.out} was started with {saved.get(name)};"
-                                f" leave {flag} out, or start a new run in another --out")
+    if not args.resume:
+        return args
+    # rnn.py has a checkpoint for each cell and task, all with the same options.
+    path = next(Path(args.out).rglob("last.pt"), Path(args.out, "last.pt"))
+    saved = load_checkpoint(path, args.script)["options"]
+    parser.set_defaults(**{**saved, "out": args.out})
+    args = parser.parse_args()
+    for name in saved.keys() - RESUMABLE:
+        if getattr(args, name) != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}: the run in {args.out} was started with {saved[name]}; leave "
+                            f"{flag} out, or start a new run in another --out")
+    if args.epochs != saved["epochs"]:
+        warn("with another --epochs the schedule has another length: the learning rate jumps")
     return args
 
 
 # ---------------------------------------------------------------- Files of a run
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file in one step: a crash at any moment leaves the old or the new one, whole.
-
-    Of several processes the first alone writes.
-    """
-    raise_late_signal()
-    if RANK:
+def lock(folder: Path) -> None:
+    """Raise UserError if another run holds the folder. The lock ends with this process."""
+    if fcntl is None:
         return
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        fcntl.flock(os.open(str(folder), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {folder}: another run is writing there; choose another") from None
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; what was there is kept") from None
+        warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+
+
+@contextlib.contextmanager
+def run_folder(args: Namespace) -> Iterator[Path]:
+    """The context of a training run: its folder, for this run alone.
+
+    An earlier run in it is moved aside, unless it is resumed. A run that is interrupted says how
+    to continue; checkpoints are replaced in one step, so it may be interrupted at any moment.
+    """
+    folder = Path(args.out).resolve()  # of a symbolic link, the folder that it points to
+    if RANK == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
+        if any(folder.rglob("*.pt")) and not args.resume:
+            old = f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
+            folder.rename(old)
+            warn(f"--out {args.out} held another run, which is now in {old}")
+            folder.mkdir()
+            lock(folder)
+    try:
+        yield folder
+    except KeyboardInterrupt:
+        if any(folder.rglob("last.pt")):
+            command = f"python {shlex.quote(sys.argv[0])} --out {shlex.quote(args.out)} --resume"
+            print(f"\ninterrupted; continue with: {command}")
+        raise
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Save a dictionary of tensors and plain Python values."""
-    buffer = io.BytesIO()
-    SAVING.append(path)
+    """Replace a checkpoint in one step: a crash at any moment leaves the old or the new, whole."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path: Path, script: str) -> dict:
+    """Load what `script` saved. From PyTorch 2.0 on, no code in the file is run."""
+    if not path.is_file():
+        raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
     try:
-        torch.save(checkpoint, buffer)
-    finally:
-        SAVING.clear()
-    write_file(path, buffer.getvalue())
-
-
-def save_epoch(folder: Path, history: list, best: dict | None, last: dict) -> None:
-    """Write history.csv, best.pt if there is a new best epoch, and then last.pt."""
-    rows = [history[0].keys(), *(row.values() for row in history)]
-    table = "".join(",".join(map(str, row)) + "\n" for row in rows)
-    write_file(folder / "history.csv", table.encode())
-    if best:
-        save_checkpoint(folder / "best.pt", best)
-    save_checkpoint(folder / "last.pt", last)
-
-
-@contextlib.contextmanager
-def using(path: Path) -> Iterator[None]:
-    """Whatever goes wrong while the content of a file is put to use becomes one line about it."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__} {error}".split())[:150]
-        raise UserError(f"{path} is damaged or does not fit: {reason}") from None
-
-
-def load_checkpoint(path: str | Path, script: str, *keys: str) -> dict:
-    """Load what `script` saved. Raises UserError if that is missing, damaged or another script's,
-    or lacks one of the `keys`.
-
-    No code in the file is run, except on PyTorch 1.13 and below: load only your own files there.
-    The first of several processes reads the file for all.
-    """
-    path = Path(path)
-    with using(path):
-        content = of_the_first(path.read_bytes() if RANK == 0 and path.is_file() else None)
-        if content is None:
-            raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
-        archive = zipfile.ZipFile(io.BytesIO(content))
-        if any(entry.compress_type for entry in archive.infolist()):  # small here, huge in memory
-            raise ValueError("it is compressed")
-        damaged = archive.testzip()  # by checksums; PyTorch has none
+        damaged = zipfile.ZipFile(path).testzip()  # PyTorch does not look at the checksums
         if damaged:
-            raise ValueError(f"{damaged} is not what was written")
-        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", **SAFE_LOADING)
-        if checkpoint["script"] != script:
-            raise UserError(f"{path} was written by {checkpoint['script']}, not by {script}")
-        if not checkpoint.keys() >= set(keys):
-            raise ValueError("it lacks " + ", ".join(sorted(set(keys) - checkpoint.keys())))
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        checkpoint = torch.load(str(path), map_location="cpu", **SAFE_LOADING)
+        author = checkpoint["script"]
+    except Exception as error:
+        raise UserError(f"{path} is damaged, or no checkpoint: {str(error)[:200]}") from None
+    if author != script:
+        raise UserError(f"{path} was written by {author}, not by {script}")
     return checkpoint
 
 
-def set_aside(folder: Path, name: str) -> None:
-    """Rename a folder that holds another run to `name`.1, .2 and so on, and say so."""
-    n = next(n for n in range(1, 10**6) if not Path(f"{folder}.{n}").exists())
-    try:
-        folder.rename(f"{folder}.{n}")
-    except OSError as error:
-        raise UserError(f"cannot move {name} aside: {error.strerror}; take another folder"
-                        ) from None
-    warn(f"{name} held another run, which is now in {name}.{n}")
+def resume(folder: Path, args: Namespace, state: dict) -> list:
+    """Load last.pt into the parts of `state`. Returns the history of the run so far."""
+    checkpoint = load_checkpoint(folder / "last.pt", args.script)
+    if checkpoint["checksum"] != args.checksum:
+        raise UserError(f"--data {args.data}: not the data that the run in {args.out} began with")
+    for name, part in state.items():
+        part.load_state_dict(checkpoint[name])
+    print(f"resumed after epoch {len(checkpoint['history'])}")
+    return checkpoint["history"]
 
 
-def restore(path: Path, checkpoint: dict, state: dict, checksum: int) -> list:
-    """Load what was saved of `state` back into its parts, if it was trained on the same data.
+def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
+               best: dict | None) -> None:
+    """Write history.csv; best.pt, if this is the best epoch so far; last.pt, for --resume.
 
-    Returns the history of the run so far.
+    Raises UserError, and writes nothing, if a value in the history's last row is not finite.
     """
-    with using(path):
-        if checkpoint["data"] != checksum:
-            raise UserError(f"{path} is of a run on other data; start a new run for these")
-        for name, part in state.items():
-            part.load_state_dict(checkpoint[name])
-        print("resumed after epoch", len(checkpoint["history"]))
-        return checkpoint["history"]
+    if not all(map(math.isfinite, history[-1].values())):
+        raise UserError("the loss or its gradient is not finite; start again with a lower --lr or "
+                        "--clip (the checkpoint of the epoch before is kept)")
+    if RANK > 0:
+        return
+    rows = [history[0], *(row.values() for row in history)]
+    table = "\n".join(",".join(map(str, row)) for row in rows)
+    write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
+    if best:
+        best.update(script=args.script, metrics=history[-1])
+        save_checkpoint(folder / "best.pt", best)
+    last = {name: part.state_dict() for name, part in state.items()}
+    last.update(script=args.script, options=vars(args), checksum=args.checksum, history=history)
+    save_checkpoint(folder / "last.pt", last)
 
 
-@contextlib.contextmanager
-def run_folder(out: str, resume: bool) -> Iterator[Path]:
-    """Context of a training run: its folder, for it alone, with an earlier run moved aside unless
-    it is resumed. A run that is interrupted says how to go on.
-    """
-    folder = Path(out).absolute()
-    last, lock = folder / "last.pt", contextlib.nullcontext()
+def write_or_warn(path: Path, write: Callable) -> None:
+    """Call write(path). That the file is locked, by a program that shows it, ends no run."""
     try:
-        if RANK == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(f"{folder}.lock", "w")
-            if fcntl:  # the system lets go of it when this process ends, in whatever way
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if last.exists() and not resume:
-                set_aside(folder, out)
-                folder.mkdir()
-            for leftover in folder.glob(".*.tmp"):
-                leftover.unlink()
-    except BlockingIOError:
-        raise UserError(f"--out {out}: another run is writing there; take another one") from None
-    except OSError as error:
-        raise UserError(f"--out {out}: {error.strerror}; choose a folder to write to") from None
-    try:
-        with lock:
-            yield folder
-    except KeyboardInterrupt:
-        command = f"python {shlex.quote(sys.argv[0])} --out {shlex.quote(out)} --resume"
-        print("\ninterrupted;", f"go on with: {command}" if last.exists() else "nothing saved yet")
-        raise
+        write(path)
+    except PermissionError as error:
+        warn(f"{path} was not written: {error.strerror}")
 
 
-def write_summary(path: Path, **facts: Any) -> None:
-    """Write summary.json: `facts`, and the versions of what computed them."""
-    facts["versions"] = {"python": sys.version.split()[0], "torch": str(torch.__version__)}
-    write_file(path, (json.dumps(facts, indent=2) + "\n").encode())
+def write_summary(folder: Path, args: Namespace, history: list, test: dict) -> None:
+    """Write summary.json: options, test metrics, training time in seconds, versions."""
+    summary = {"script": args.script, "data": args.data, "options": vars(args), "test": test,
+               "seconds": sum(row["seconds"] for row in history),
+               "versions": {"python": sys.version, "torch": torch.__version__}}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- Training
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list:
-    """Decay matrices and kernels alone; pulling biases and norm scales to zero helps nothing."""
+    """Weight decay for matrices and kernels, none for biases and the scales of norms."""
     weights = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() <= 1]
     return [{"params": weights, "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0}]
 
 
-def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: float) -> Any:
-    """Learning rate up to its peak in a line over `warmup` steps (Goyal et al., 2017), then to 0
-    along half a cosine (Loshchilov and Hutter, 2017).
+def warmup_cosine(progress: float, warmup: float) -> float:
+    """The learning rate relative to its peak, when a fraction `progress` of training is done.
+
+    It rises linearly during `warmup` (Goyal et al., 2017), and then falls to 0 along half a cosine
+    (Loshchilov and Hutter, 2017).
     """
+    if progress < warmup:
+        return progress / warmup
+    return 0.5 + 0.5 * math.cos(math.pi * min(1, (progress - warmup) / (1 - warmup)))
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> Any:
+    """A scheduler that follows warmup_cosine(), with `steps` steps an epoch."""
     def factor(step):
-        if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - warmup) / max(1, total - warmup)))
+        return warmup_cosine((step + 0.5) / (args.epochs * steps), args.warmup)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
-def clip_gradients(model: nn.Module, clip: float, step: int, scaler: Any) -> Tensor:
-    """Scale the gradient down to the norm `clip` (0: leave it); return the norm it had.
+def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradient down to `max_norm` if it is larger; return the norm that it had.
 
-    Raises UserError if it is not finite, before it can spoil the weights; where the loss is
-    scaled for float16, `scaler` skips such a step by itself. Pascanu et al., 2013.
+    Pascanu et al., 2013.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf)
-    if not scaler.is_enabled() and not torch.isfinite(norm):
-        raise UserError(f"the loss or its gradient is not finite at step {step}; try a lower --lr "
-                        "or a --clip (what was saved up to the last whole epoch is good)")
-    return norm
+    return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
-def epochs_since_best(history: list, metric: str, best: Callable = max) -> int:
-    """For early stopping: how many epochs ago `metric` was at its best, the max or the min."""
-    values = [row[metric] for row in history]
-    return len(values) - 1 - values.index(best(values))
+class RunningMeans:
+    """The means of metrics over the steps of an epoch. The sums stay on the device, so that no step
+    has to wait for it; of several processes, each has the means of its own share.
+    """
+
+    def __init__(self):
+        self.steps = 0
+        self.sums = {}
+
+    def update(self, **values: Tensor) -> None:
+        self.steps += 1
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+
+    def compute(self) -> dict:
+        return {name: total.item() / self.steps for name, total in self.sums.items()}
 
 
-def pace(history: list, epochs: int) -> str:
-    """How long the last epoch took, and the rest will: "9.6 s, 4 min left"."""
-    def text(seconds):
-        return (f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s" if seconds < 100 else
-                f"{seconds / 60:.0f} min")
-    seconds, epoch = history[-1]["seconds"], history[-1]["epoch"]
-    return f"{text(seconds)}, {text(seconds * (epochs - epoch))} left"
+def epochs_since_best(history: list, score: Callable) -> int:
+    """How many epochs ago `score(row)` was at its maximum."""
+    scores = [score(row) for row in history]
+    return len(scores) - 1 - scores.index(max(scores))
 
 
-def plot_history(path: Path, history: list, title: str, panels: dict) -> None:
-    """Draw {y axis: {label: column}} as panels side by side, over the epochs."""
-    rows = (len(panels) + 2) // 3  # at most three panels fit side by side
-    columns = math.ceil(len(panels) / rows)
-    figure, axes = new_figure(rows, columns, (4.4 * columns, 3.3 * rows + 0.2), title)
-    for axis, (ylabel, curves) in zip(axes.flat, panels.items()):
-        for label, column in curves.items():
-            axis.plot([row["epoch"] for row in history], [row[column] for row in history], ".-",
-                      label=label)
-        axis.set(xlabel="epoch", ylabel=ylabel)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    save_figure(path, figure)
+def epochs(args: Namespace, history: list, score: Callable) -> Iterator[int]:
+    """Yield the numbers of the epochs to train: up to --epochs, or until early stopping, which
+    never cuts the warm-up short.
+    """
+    while len(history) < args.epochs:
+        warm = len(history) > args.warmup * args.epochs
+        if warm and epochs_since_best(history, score) >= args.patience:
+            print(f"early stopping: no improvement on validation for {args.patience} epochs")
+            break
+        epoch = len(history) + 1
+        # A seed of its own for each epoch: a resumed run draws the same random numbers.
+        seed = np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)
+        torch.manual_seed(int(seed[0]))
+        yield epoch
 
 
-class ProgressBar(tqdm):
-    def __iter__(self):
-        for item in super().__iter__():
-            raise_late_signal()
-            yield item
-
-
-def progress(iterable: Iterable, description: str) -> ProgressBar:
+def progress_bar(iterable: Iterable, description: str) -> tqdm:
     """A progress bar of 80 columns that stays silent in a log file."""
-    return ProgressBar(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
+    return tqdm(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
+
+
+# ---------------------------------------------------------------- Evaluation and plots
+
+
+def classification_report(predicted: Tensor, labels: Tensor, classes: list) -> dict:
+    """Accuracy, and that of always naming the largest class; macro-averaged F1; the accuracy on each
+    class, None where there are no examples.
+
+    predicted, labels: int64 (N,).
+    """
+    sizes = labels.bincount(minlength=len(classes))
+    guesses = predicted.bincount(minlength=len(classes))
+    correct = labels[predicted == labels].bincount(minlength=len(classes))
+    f1 = 2 * correct / (sizes + guesses).clamp(min=1).double()
+    accuracy = (correct / sizes.double()).tolist()  # 0 / 0 is nan
+    return {"accuracy": correct.sum().item() / len(labels),
+            "largest_class": sizes.max().item() / len(labels),
+            "macro_f1": f1[sizes > 0].mean().item(),
+            "per_class": {name: value if value >= 0 else None
+                          for name, value in zip(classes, accuracy)}}
+
+
+def print_report(report: dict) -> None:
+    """Print what classification_report() returns."""
+    print("accuracy {accuracy:.2%} (always the largest class: {largest_class:.2%}), "
+          "macro-averaged F1 {macro_f1:.3f}".format(**report))
+    for name, accuracy in report["per_class"].items():
+        print("       -" if accuracy is None else f"{accuracy:8.2%}", name)
 
 
 def new_figure(rows: int, columns: int, inches: tuple, title: str) -> tuple:
-    """A Matplotlib figure that needs no display, and its axes (rows, columns)."""
+    """A Matplotlib figure, which needs no display, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
     figure = Figure(inches, constrained_layout=True)
     figure.suptitle(plain(title))
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_figure(path: Path, figure: Any) -> None:
-    """Write a figure as PNG, in at most 8000 pixels a side, which take a quarter of a GiB."""
-    if RANK:
-        return
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():  # of letters that the font lacks, and of little room
-        warnings.simplefilter("ignore", UserWarning)
-        figure.savefig(buffer, dpi=min(120, 8000 / max(figure.get_size_inches())))
-    write_file(path, buffer.getvalue())
-
-
 def plain(text: str) -> str:
-    """A text of the user's for Matplotlib to draw as it is: no formula between two dollar signs,
-    no byte that is not UTF-8.
+    """Text for Matplotlib to draw as it is, with no formula between two dollar signs."""
+    return text.replace("$", r"\$")
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    write_or_warn(path, lambda path: figure.savefig(str(path), dpi=100))
+
+
+def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tuple:
+    """Plot {ylabel: {label: column}} over the epochs, a panel each, and the learning rate.
+
+    One panel is "gradient norm". Returns the figure and {ylabel: axis}, for a script to add to.
     """
-    return text.replace("$", r"\$").encode("utf-8", "replace").decode()
+    rows = len(panels) // 2 + 1
+    figure, grid = new_figure(rows, 2, (8.3, 2.8 * rows), title)
+    axes = dict(zip([*panels, "learning rate"], grid.flat))
+    epoch = [row["epoch"] for row in history]
+    for ylabel, curves in panels.items():
+        for style, (label, column) in zip(("-", "--", ":"), curves.items()):
+            values = [row[column] for row in history]
+            axes[ylabel].plot(epoch, values, style, marker=".", label=label)
+    axes["gradient norm"].axhline(args.clip, color="black", linewidth=1, label="limit (--clip)")
+    # The schedule itself, at many moments, so that the warm-up is seen.
+    progress = np.linspace(0, epoch[-1] / args.epochs, 1000)
+    rates = [args.lr * warmup_cosine(moment, args.warmup) for moment in progress]
+    axes["learning rate"].plot(args.epochs * progress, rates, label="at each step")
+    for ylabel, axis in axes.items():
+        axis.set(xlabel="epoch", ylabel=ylabel)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False, fontsize=8)
+        if ylabel.startswith("fraction"):
+            axis.set_ylim(top=min(1, axis.get_ylim()[1]))
+    return figure, axes
 
 
-# ---------------------------------------------------------------- Tables
-
-LARGEST_TABLE = 1024  # MiB; all of it is held in memory
+# ---------------------------------------------------------------- Data
 
 
-def read_table(path: str, names: Sequence[str]) -> list:
-    """Rows (line number, [cell, cell]) of a CSV or TSV file in UTF-8.
+def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
+    """Deal examples out to ten parts of equal size; returns the part of each, 0 to 9: int64 (N,).
 
-    The first row is a header if it has both `names`, and tells their columns; a file without one
-    has them in the first two. Raises UserError with the number of a line that cannot be used.
+    Equal contents are in the same part, and each group is spread evenly over the parts.
+    """
+    generator = random.Random(seed)
+    group_of = dict(zip(contents, groups))
+    order = sorted(group_of, key=lambda content: (group_of[content], generator.random()))
+    part_of = {content: place % 10 for place, content in enumerate(order)}
+    return torch.tensor([part_of[content] for content in contents])
+
+
+def complete_sets(sets: dict, seed: int) -> None:
+    """Take the missing ones of "test" and "val" from "train", a tenth of it each, and leave no copy of
+    an image in two sets. sets: {"train": (images, labels), ...}, which are changed.
+    """
+    def contents(images):
+        return [hash(image.tobytes()) for image in images.numpy()]
+    images, labels = sets["train"]
+    part = split_tenths(contents(images), labels.tolist(), seed)
+    for number, use in enumerate(("test", "val")):
+        sets.setdefault(use, (images[part == number], labels[part == number]))
+    # What a set before has is left out: of the training set, the images just taken from it too.
+    seen = set()
+    for use in ("test", "val", "train"):
+        images, labels = sets[use]
+        fresh = torch.tensor([content not in seen for content in contents(images)])
+        seen.update(contents(images))
+        sets[use] = images[fresh], labels[fresh]
+
+
+def describe_sets(name: str, device: torch.device, train: int, validation: int, test: int) -> None:
+    """Print the sizes of the three sets, and warn if one of them is very small."""
+    print(f"{name}, on {device}: {train:,} training, {validation:,} validation and {test:,} test "
+          "examples", flush=True)
+    if min(train, validation, test) < 30:
+        warn("with fewer than 30 examples to validate or test on, the results are mostly chance")
+
+
+def normalize(text: str) -> str:
+    """The text in Unicode's composed form (NFC), with one space for any white space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def read_table(path: str, names: tuple) -> list:
+    """The cells of the two columns `names` of a CSV or TSV file in UTF-8, a tuple for each row.
+
+    The first line names the columns. Raises UserError with the number of a line that does not fit.
     """
     try:
-        with open(path, "rb") as file:
-            blocks = iter(lambda: file.read(2**20), b"")
-            content = b"".join(itertools.islice(blocks, LARGEST_TABLE))
-            if file.read(1):  # /dev/zero has no end
-                raise UserError(f"--data {path}: more than {LARGEST_TABLE} MiB; take a part of it")
-        text = content.decode("utf-8-sig")
-    except OSError as error:
-        raise UserError(f"--data {path}: {error.strerror}; name a CSV or TSV file") from None
-    except UnicodeDecodeError as error:
-        line = content[:error.start].count(b"\n") + 1
-        raise UserError(f"--data {path}: line {line} is not UTF-8; save it as UTF-8") from None
-    tabs = "\t" in text.split("\n")[0]  # TSV has no quotes, so that a text may hold one
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter="\t" if tabs else ",",
-                        quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL, strict=True)
-    rows, columns = [], None
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except ValueError:
+        raise UserError(f"--data {path}: not a text file in UTF-8 (but perhaps .xlsx or .gz); save "
+                        "the table as CSV in UTF-8") from None
+    dialect = {"skipinitialspace": True, "strict": True}
+    if "\t" in text.partition("\n")[0]:  # a TSV file, in which quotation marks mean nothing
+        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+    rows = []
     try:
+        header = [cell.strip(' "').lower() for cell in next(reader, [])]
+        columns = [header.index(name) for name in names]
         for row in filter(None, reader):
-            if columns is None and set(names) <= set(row):
-                columns = [row.index(name) for name in names]
-                continue
-            columns = columns or [0, 1]
-            cells = [row[column] if column < len(row) else "" for column in columns]
-            if not all(cell.strip() for cell in cells):
-                raise UserError(f"--data {path}: line {reader.line_num} needs a {names[0]}, a tab "
-                                f"or comma, and a {names[1]}")
-            rows.append((reader.line_num, cells))
-    except csv.Error as error:
-        raise UserError(f"--data {path}: line {reader.line_num}: {error}") from None
+            if len(row) != len(header):
+                raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; a text "
+                                 "with a comma in it needs quotation marks around it")
+            cells = tuple(normalize(row[column]) for column in columns)
+            if "" in cells or cells == names:
+                raise ValueError("an empty cell, or a second header; mend or delete the line")
+            rows.append(cells)
+    except (ValueError, csv.Error) as error:
+        raise UserError(f"--data {path}, line {reader.line_num}: {error} (the first line must name "
+                        f"the columns {' and '.join(names)})") from None
     return rows
+
+
+def prediction_inputs(values: list, files: bool = False) -> list:
+    """The arguments of --predict, or for "-" the lines of standard input that are not blank."""
+    if values == ["-"]:
+        text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
+        return [line for line in text.splitlines() if line.strip()]
+    for value in values:
+        if os.path.isfile(value) and not files:
+            warn(f"{value} is taken as a text; for the lines of that file: --predict - < {value}")
+    return values
 
 
 # ---------------------------------------------------------------- Images
 
 
-def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """An image file of any size as uint8 (size, size, channels), channels 1 or 3.
-
-    The shorter side is fitted, the longer one cropped about the centre. Raises UserError.
+def read_image(path: str, size: int, channels: int) -> np.ndarray:
+    """An image file as uint8 (size, size, channels): the shorter side fitted, the longer one
+    cropped about the center. Transparent pixels become white. Raises UserError.
     """
     from PIL import Image, ImageOps
+    mode = "RGB" if channels == 3 else "L"
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits, which convert() would cut off at 8
-                image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
-            image = image.convert("RGB" if channels == 3 else "L")
-            if image.size != (size, size):
-                image = ImageOps.fit(image, (size, size), Image.BICUBIC)
-            return np.array(image).reshape(size, size, channels)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise UserError(f"{path}: more than {Image.MAX_IMAGE_PIXELS} pixels; make it smaller"
-                        ) from None
-    except Exception:
-        raise UserError(f"{path}: not an image that can be read") from None
+        image = Image.open(path)
+        image.draft(mode, (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
+        with contextlib.suppress(Exception):  # a broken EXIF record costs the orientation alone
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
+            warn("images of more than 8 bits are scaled, each by its own smallest and largest value")
+            values = np.asarray(image, np.float64)
+            values = np.interp(values, (values.min(), values.max()), (0, 255))
+            image = Image.fromarray(values.astype(np.uint8))
+        if "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = ImageOps.fit(image.convert(mode), (size, size), Image.BICUBIC)
+    except Exception as error:  # Pillow raises many kinds
+        raise UserError(f"{path}: damaged, or in a format that Pillow lacks ({error})") from None
+    return np.array(image).reshape(size, size, channels)
 
 
-def load_image_folder(folder: str, size: int, channels: int, labelled: bool = True) -> tuple:
-    """Load `train/<class>/`, with or without `val/` and `test/`, or just `<class>/`.
+def keep_apart(data: str, *written: str) -> None:
+    """Raise UserError if a folder that is written to lies in the one with the data, or around it."""
+    source = Path(data).resolve()
+    for name in written:
+        folder = Path(name).resolve()
+        if source in (folder, *folder.parents) or folder in source.parents:
+            raise UserError(f"--data {data} and {name}, which is written to, must be apart")
 
-    Returns {"train": (images, labels), ...} and the class names; images are uint8
-    (N, size, size, channels), labels int64 (N,). Unreadable files are named and skipped.
-    Not `labelled`, all files are of one class, in sub-folders or not.
-    Raises UserError if the folder is missing, or a class in it has no images.
+
+def image_files(folder: str) -> list:
+    """The files below a folder, sorted, without hidden and system files.
+
+    Linked folders are followed, but no folder is visited twice.
     """
-    root = Path(folder)
-    if not os.path.isdir(folder):
-        raise UserError(f"--data {folder}: neither a folder nor the name of a data set")
-    parts = {part: root / part for part in ("train", "val", "test") if (root / part).is_dir()}
-    parts = parts if "train" in parts else {"train": root}
-    classes = [""]
-    if labelled:
-        classes = sorted(entry.name for entry in parts["train"].iterdir() if entry.is_dir())
-    if labelled and len(classes) < 2:
-        raise UserError(f"--data {folder}: {parts['train']} needs a sub-folder of images for each "
-                        f"of at least two classes, and has {len(classes)}")
-    loaded, skipped = {}, []
-    for part, base in parts.items():
-        files = [(path, label) for label, name in enumerate(classes)
-                 for path in sorted((base / name).rglob("*")) if path.is_file()]
-        images, labels = [], []
-        for path, label in progress(files, f"reading {part}"):
-            try:
-                images.append(read_image(path, size, channels))
-                labels.append(label)
-            except UserError as error:
-                skipped.append(str(error))
-        missing = set(range(len(classes))) - set(labels)
-        if missing and part == "train" or not images:
-            raise UserError(f"--data {folder}: no readable image in {base / classes[min(missing)]}")
-        loaded[part] = torch.from_numpy(np.stack(images)), torch.tensor(labels)
-    if skipped:
-        warn(f"skipped {len(skipped)} files: {'; '.join(skipped[:3])}{' ...' * (len(skipped) > 3)}")
-    return loaded, classes
+    files, visited = [], set()
+    for base, folders, names in os.walk(folder, followlinks=True):
+        place = os.path.realpath(base)
+        if place in visited:
+            folders.clear()
+            continue
+        visited.add(place)
+        folders[:] = filter(is_visible, sorted(folders))
+        files += [os.path.join(base, name) for name in filter(is_visible, names)]
+    return sorted(files)
+
+
+def is_visible(name: str) -> bool:
+    """Whether a file or folder is the user's own, neither hidden nor one of the system's."""
+    return name[0] != "." and name not in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+
+
+def read_images(paths: list, size: int, channels: int) -> tuple:
+    """Read image files, several at a time. Files that cannot be read are named and skipped.
+
+    Returns the images, uint8 (N, size, size, channels), and the indices of their paths. Raises
+    UserError if there are none, or more than fit into half of the memory.
+    """
+    gigabytes = len(paths) * size**2 * channels / 1e9
+    if hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+        if gigabytes > memory / 2:
+            raise UserError(f"{len(paths):,} images of {size} x {size} pixels take {gigabytes:.1f} "
+                            f"of {memory:.1f} GB of memory; use a smaller --size, or --limit")
+
+    def read(path):
+        try:
+            return read_image(path, size, channels)
+        except UserError as error:
+            warn(f"skipped {error}")
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        images = list(progress_bar(threads.map(read, paths), "reading images"))
+    kept = [i for i, image in enumerate(images) if image is not None]
+    if len(kept) < len(paths):
+        warn(f"{len(paths) - len(kept)} of {len(paths)} files cannot be read")
+    if not kept:
+        raise UserError("--data: there is no image that can be read")
+    return torch.from_numpy(np.stack([images[i] for i in kept])), kept
 
 
 def load_torchvision(name: str, data_dir: str) -> tuple:
-    """Load a torchvision data set from `data_dir`, after a download if it is not there.
+    """{"train": (images, labels), "test": ...} of a torchvision data set, and its class names.
 
-    Returns what load_image_folder does, in the images' own size. Raises UserError if the set
-    is neither there nor to be had, within 10 seconds of a network that does not answer.
+    images: uint8 (N, H, W, channels); labels: int64 (N,). It is downloaded if it is not there;
+    raises UserError if that fails.
     """
-    try:
-        import torchvision
-    except Exception as error:
-        raise UserError(f"{name} needs torchvision, which fails to import ({error})") from None
-    dataset = getattr(torchvision.datasets, name)
+    from torchvision import datasets
+    dataset = getattr(datasets, name)
+    socket.setdefaulttimeout(10)  # seconds; a network that does not answer must not hang the run
 
-    def load(**options):
-        return {part: dataset(data_dir, train=part == "train", **options)
-                for part in ("train", "test")}
-    try:
-        if LOCAL_RANK:  # let the first process of each machine download it
-            dist.barrier()
-        parts = load()
-    except Exception:  # it is not there, or not whole
-        url = getattr(dataset, "url", None) or getattr(dataset, "mirrors", dataset.resources[0])[0]
+    def download():
         try:
-            require_answer(url)
-            parts = load(download=True)
+            dataset(data_dir, download=True)
         except Exception as error:
-            raise UserError(f"{name} is not in {data_dir}, and no download: {error}") from None
-    finally:
-        if WORLD > 1 and LOCAL_RANK == 0:
-            dist.barrier()
-    loaded = {}
-    for part, data in parts.items():
-        images = torch.as_tensor(data.data)  # without a last dimension if it is grey
-        images = images.reshape(*images.shape[:3], -1).contiguous()
-        loaded[part] = images, torch.as_tensor(data.targets)
-    return loaded, parts["train"].classes
-
-
-def require_answer(url: str, seconds: int = 10) -> None:
-    """Raise OSError unless `url` answers in time; even the look-up of its name can hang."""
-    socket.setdefaulttimeout(seconds)  # for each wait of the download that follows
-    ask = "import sys, urllib.request; urllib.request.urlopen(sys.argv[1])"
-    try:
-        done = subprocess.run([sys.executable, "-c", ask, url], timeout=seconds,
-                              stderr=subprocess.PIPE)
-    except subprocess.TimeoutExpired:
-        raise OSError(f"no answer in {seconds} seconds") from None
-    if done.returncode and b"HTTPError" not in done.stderr:  # any status is an answer
-        raise OSError(done.stderr.decode().strip().split("\n")[-1])
-
-
-def split_indices(labels: Tensor, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices (kept, held out) of a split that holds out `fraction` of each class's labels (N,)."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    held = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        members = order[labels[order] == label]
-        held[members[:math.ceil(fraction * len(members)) if len(members) > 1 else 0]] = True
-    return torch.where(~held)[0], torch.where(held)[0]
-
-
-def hold_out_missing(parts: dict, seed: int) -> None:
-    """Where {"train": (images, labels), ...} has no "test" or "val", take a tenth of "train"."""
-    for part in ("test", "val"):
-        if part not in parts:
-            keep, held = split_indices(parts["train"][1], 0.1, seed)
-            parts[part] = tuple(tensor[held] for tensor in parts["train"])
-            parts["train"] = tuple(tensor[keep] for tensor in parts["train"])
+            return f"{name} is not in {data_dir}, and cannot be downloaded: {error}"
+    problem = on_first(download)
+    if problem:
+        raise UserError(problem)
+    sets = {}
+    for use, train in (("train", True), ("test", False)):
+        data = dataset(data_dir, train)
+        images = torch.as_tensor(data.data)  # gray ones lack the last dimension
+        sets[use] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
+    return sets, data.classes

@@ -1,657 +1,642 @@
 """Train a Transformer to turn one sequence of tokens into another.
 
-  python transformer.py                   reverse words of 2 to 20 letters
-  python transformer.py --data pairs.tsv  your pairs: columns source and target
+  python transformer.py                   write words of 2 to 20 letters backward
+  python transformer.py --data pairs.tsv  your own pairs: columns source and target
   python transformer.py --predict hello   what the trained model writes
 
-Pictures, checkpoints and figures go to runs/transformer (--out).
-transformer.md explains every part.
+Plots and checkpoints go to runs/transformer (--out). transformer.md explains every part.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
 import random
 import string
-import sys
 import time
-from collections import defaultdict, namedtuple
+import zlib
+from argparse import Namespace
+from collections import defaultdict
 from pathlib import Path
-from typing import Callable, Iterable, Sequence
+from typing import Any, Iterable, NamedTuple, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 import common
 
-PAD, BOS, EOS, UNK = range(4)  # padding, begin and end of a sequence, a token never seen
-# A text's tokens, where any run of white space is one blank, and what joins them again.
-SPLIT = {"chars": lambda text: tuple(" ".join(text.split())), "words": lambda t: tuple(t.split())}
-JOIN = {"chars": "".join, "words": " ".join}
-METRICS = {"loss": "loss {:.3f}", "token_accuracy": "tokens {:.2%}",
-           "exact_match": "exact match {:.2%}", "error_rate": "error rate {:.2%}"}
-BEST = "validation_token_accuracy"  # picks the best epoch: finer than exact match, and never stuck
-SIZES = "d_model", "heads", "layers", "d_ff", "dropout"
+# Padding, end and begin of a sequence, a token that is not in the training set.
+PAD, EOS, BOS, UNK = range(4)
+# What joins the tokens of a text.
+SEPARATORS = {"chars": "", "words": " "}
 
 # ---------------------------------------------------------------- Data
 
-# For each task: the target of a source; shortest and longest in training; longest beyond.
+
+def add_numbers(source: str) -> str:
+    """The sum of two numbers, all digits reversed: "59+71" (95 + 17 = 112) -> "211"."""
+    # In this order, each carry is known by the time that it is needed.
+    first, second = source.split("+")
+    total = int(first[::-1]) + int(second[::-1])
+    return str(total)[::-1]
+
+
+# The target of a source, for each synthetic task.
 TASKS = {
-    "reverse": (lambda source: source[::-1], 2, 20, 30),
-    "copy": (lambda source: source, 2, 20, 30),
-    "sort": (lambda source: "".join(sorted(source)), 2, 20, 30),
-    # All numbers last digit first: the order in which carrying makes the digits of a sum known.
-    "add": (lambda source: str(sum(int(n[::-1]) for n in source.split("+")))[::-1], 1, 5, 8)}
+    "reverse": lambda source: source[::-1],
+    "copy": lambda source: source,
+    "sort": lambda source: "".join(sorted(source)),
+    "add": add_numbers,
+}
 
 
-def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> dict:
-    """`count` sources of `low` to `high` letters (`add`: digits in both numbers), with targets."""
-    generator, pairs = random.Random(seed), {}
-    while len(pairs) < count:
-        length = generator.randint(low, high)
-        source = "".join(generator.choices(string.ascii_lowercase, k=length))
+def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> list:
+    """Return `count` pairs of texts (source, target), no source twice.
+
+    A source has `low` to `high` random letters; for `add`, two numbers of so many digits each.
+    """
+    rng = random.Random(seed)
+    sources = {}  # unlike a set, a dict keeps the order
+    while len(sources) < count:
+        length = rng.randint(low, high)
         if task == "add":
-            numbers = (generator.randrange(10**(length - 1), 10**length) for _ in range(2))
-            source = "+".join(str(number)[::-1] for number in numbers)
-        pairs[tuple(source)] = [tuple(TASKS[task][0](source))]
-    return pairs
+            first = rng.randrange(10**(length - 1), 10**length)
+            second = rng.randrange(10**(length - 1), 10**length)
+            source = f"{first}+{second}"[::-1]
+        else:
+            source = "".join(rng.choices(string.ascii_lowercase, k=length))
+        sources[source] = None
+    return [(source, TASKS[task](source)) for source in sources]
 
 
-def read_pairs(path: str, kinds: Sequence[str], max_length: int) -> dict:
-    """Read {source tokens: [target tokens, ...]}, with the targets of all lines of a source."""
-    pairs = defaultdict(list)
-    for line, cells in common.read_table(path, ("source", "target")):
-        source, target = (SPLIT[kind](cell) for kind, cell in zip(kinds, cells))
-        if max(len(source), len(target)) > max_length:
-            raise common.UserError(f"--data {path}: line {line} has more than {max_length} tokens; "
-                                   "shorten it, or raise --max-length")
-        if target not in pairs[source]:
-            pairs[source].append(target)
-    if len(pairs) < 10:
-        raise common.UserError(f"--data {path}: {len(pairs)} different sources; 10 are needed")
-    return pairs
+def split_tokens(text: str, kind: str) -> tuple:
+    """The words of a text, or its characters."""
+    return tuple(text.split() if kind == "words" else text)
 
 
 class Vocabulary:
-    """The tokens of the training part and their numbers, the same for sources and targets."""
+    """The tokens of the training set and their numbers, the same for sources and targets."""
 
     def __init__(self, tokens: Iterable[str]):
-        self.tokens = ["<pad>", "<bos>", "<eos>", "<unk>", *sorted(tokens)]
-        self.numbers = {token: i for i, token in enumerate(self.tokens) if i > UNK}
+        self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]
+        self.numbers = {token: number for number, token in enumerate(self.tokens)}
 
-    def encode(self, source: Sequence[str], target: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
-        """int64 tensors: the source's `tokens <eos>` and the target's `<bos> tokens <eos>`."""
-        source, target = ([self.numbers.get(token, UNK) for token in row] + [EOS]
-                          for row in (source, target))
-        return torch.tensor(source), torch.tensor([BOS] + target)
+    def encode(self, rows: Iterable[Sequence[str]], device: torch.device) -> Tensor:
+        """N rows of tokens, each with <eos>, filled up with <pad>: int64 (N, longest row + 1)."""
+        encoded = []
+        for row in rows:
+            numbers = [self.numbers.get(token, UNK) for token in row]
+            encoded.append(torch.tensor([*numbers, EOS]))
+        return pad_sequence(encoded, batch_first=True, padding_value=PAD).to(device)
 
-
-# Each part: {source tokens: [right target tokens, ...]}. `longer`: sources beyond those trained on.
-Dataset = namedtuple("Dataset", "name vocabulary train validation test longer")
-
-
-def load_data(args: argparse.Namespace) -> Dataset:
-    """Make or read what `--data` names, and split it: no source is in two parts."""
-    if args.data == "synthetic":
-        name, (_, low, high, beyond) = f"synthetic {args.task}", TASKS[args.task]
-        pairs = synthetic_pairs(args.task, args.synthetic_size, low, high, args.seed)
-        longer = synthetic_pairs(args.task, args.synthetic_size // 50, high + 1, beyond, args.seed)
-    else:
-        name, kinds, longer = args.data, (args.source_tokens, args.target_tokens), {}
-        pairs = read_pairs(args.data, kinds, args.max_length)
-    sources = sorted(pairs)
-    random.Random(args.seed).shuffle(sources)
-    held = min(2000, len(sources) // 10)  # in each of validation and test
-    validation, test, train = ({source: pairs[source] for source in part} for part in (
-        sources[:held], sources[held:2 * held], sources[2 * held:]))
-    tokens = {token for source in train for row in (source, *train[source]) for token in row}
-    return Dataset(name, Vocabulary(tokens), train, validation, test, longer)
+    def decode(self, numbers: list) -> tuple:
+        """The tokens before the first <eos>."""
+        end = numbers.index(EOS) if EOS in numbers else len(numbers)
+        return tuple(self.tokens[number] for number in numbers[:end])
 
 
-def batches(pairs: list, budget: float, shuffle: bool = False) -> list:
-    """Indices into `pairs`: pairs of like length together, at most `budget` tokens a batch with
-    the padding. With `shuffle`, chance orders the batches, and pairs of the same lengths.
+class Dataset(NamedTuple):
+    """Three lists of pairs (source tokens, target tokens). No source is in two of them."""
+
+    name: str
+    vocabulary: Vocabulary
+    longest: int  # tokens in the longest source or target
+    train: list
+    validation: list
+    test: list
+
+
+def pair_length(pair: tuple) -> int:
+    """The number of tokens of the source or the target, whichever is longer."""
+    return max(map(len, pair))
+
+
+def load_data(args: Namespace) -> Dataset:
+    """Make or read the pairs of --data; a tenth of the sources is for validation, one for the test.
+
+    Raises UserError if there are fewer than 10 sources, or a pair is too long.
     """
-    order = [(len(source), len(target), random.random() if shuffle else 0, i)
-             for i, (source, target) in enumerate(pairs)]
-    result, longest = [[]], 0
-    for source, target, _, i in sorted(order):  # the last source is always the longest
-        longest = max(longest, target)
-        if result[-1] and (len(result[-1]) + 1) * (source + longest) > budget:
-            result.append([])
-            longest = target
-        result[-1].append(i)
-    return random.sample(result, len(result)) if shuffle else result
+    if args.data == "synthetic":
+        name = args.task
+        low, high = (1, 5) if args.task == "add" else (2, 20)
+        table = synthetic_pairs(args.task, args.synthetic_size, low, high, args.seed)
+    else:
+        name = args.data
+        table = common.read_table(args.data, ("source", "target"))
+    pairs = [(split_tokens(source, args.source_tokens), split_tokens(target, args.target_tokens))
+             for source, target in table]
+    sources = [source for source, _ in pairs]
+    if len(set(sources)) < 10:
+        raise common.UserError(f"--data {args.data}: at least 10 different sources are needed")
+    longest = max(map(pair_length, pairs))
+    if longest > args.max_length:
+        number = [pair_length(pair) > args.max_length for pair in pairs].index(True)
+        raise common.UserError(f"--data {args.data}: pairs have up to {longest} tokens, such as the "
+                               f"one of {table[number][0][:50]}; shorten them, or raise --max-length")
+    # Equal sources are in the same part, and so in the same set.
+    parts = common.split_tenths(sources, [0] * len(sources), args.seed).tolist()
+    sets = [], [], []  # validation, test, training
+    for pair, part in zip(pairs, parts):
+        sets[min(part, 2)].append(pair)
+    validation, test, train = sets
+    tokens = set()
+    for source, target in train:
+        tokens.update(source, target)
+    return Dataset(name, Vocabulary(sorted(tokens)), longest, train, validation, test)
 
 
-def collate(pairs: list, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
-    """source (N, S) and target (N, T), padded; mask: bool (N, 1, 1, S), True where the source has
-    a token, or None where all of it does, which spares attention the work."""
-    source, target = (nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
-                      for rows in zip(*pairs))
-    mask = (source != PAD)[:, None, None, :]
-    return source.to(device), target.to(device), None if mask.all() else mask.to(device)
+def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
+    """Arrays of indices of pairs of similar length, which need little padding, in random order.
+
+    Of several processes, each has its share of every batch, of 2 pairs or more.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(pairs))
+    # Sorting leaves pairs of the same lengths in random order.
+    order = sorted(order, key=lambda i: (len(pairs[i][0]), len(pairs[i][1])))
+    batches = np.array_split(order, math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD)))
+    rng.shuffle(batches)
+    return [batch[common.RANK::common.WORLD] for batch in batches]
 
 
 # ---------------------------------------------------------------- Model
 
 
-def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor,
-                                 mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """softmax(Q K^T / sqrt(d_k)) V, (..., T, d_k), and the weights of the softmax, (..., T, S).
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple:
+    """softmax(Q K^T / sqrt(d_k)) V, and the weights of the softmax. Vaswani et al., 2017.
 
     query: (..., T, d_k); key, value: (..., S, d_k); mask: bool, broadcast to (..., T, S), True
-    where a query may look at a key; every query needs one such key. Vaswani et al., 2017.
+    where a query may look at a key -> (..., T, d_k) and (..., T, S).
     """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (..., T, S)
     if mask is not None:
         scores = scores.masked_fill(~mask, -math.inf)
-    weights = scores.softmax(-1)
+    weights = scores.softmax(dim=-1)
     return weights @ value, weights
 
 
-def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """(length, d_model): sines and cosines in turns, of wavelengths from 2 pi to 10000 * 2 pi."""
-    frequencies = torch.exp(torch.arange(0, d_model, 2) * (-math.log(10000) / d_model))
-    angles = torch.arange(length)[:, None] * frequencies  # (length, d_model / 2)
-    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-
 class MultiHeadAttention(nn.Module):
-    """Attention of several heads side by side, each in d_k = d_model / heads dimensions."""
+    """Several attention heads side by side, each in d_k = d_model / heads dimensions."""
 
     def __init__(self, d_model: int, heads: int):
         super().__init__()
-        if d_model % heads:
-            raise ValueError(f"d_model {d_model} is no multiple of heads {heads}")
-        self.in_proj = nn.Linear(d_model, 3 * d_model)  # W_Q, W_K and W_V, one below the other
-        self.out_proj = nn.Linear(d_model, d_model)  # W_O
-        self.heads, self.keep_weights = heads, False  # True: for a picture, by the plain path
+        self.heads = heads
+        self.query = nn.Linear(d_model, d_model)
+        self.key = nn.Linear(d_model, d_model)
+        self.value = nn.Linear(d_model, d_model)
+        self.output = nn.Linear(d_model, d_model)
+        self.weights = None  # of the last call, (N, heads, T, S), for a plot
 
-    def project(self, x: Tensor, first: int, last: int) -> Tensor:
-        """Of query (0), key (1) and value (2) the first to last, in one matrix product:
-        (N, L, d_model) -> (last - first + 1, N, heads, L, d_k).
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(N, length, d_model) -> (N, heads, length, d_k)"""
+        n, length, _ = x.shape
+        return x.view(n, length, self.heads, -1).transpose(1, 2)
+
+    def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor | None = None,
+                cache: dict | None = None) -> Tensor:
+        """Each position of x (N, T, d_model) looks at the positions of memory (N, S, d_model).
+
+        mask: bool, broadcast to (N, heads, T, S). With a cache, {layer: (keys, values)}, those of
+        memory are added to it; if memory is None, it has them all -> (N, T, d_model).
         """
-        rows = slice(first * x.shape[-1], (last + 1) * x.shape[-1])
-        x = F.linear(x, self.in_proj.weight[rows], self.in_proj.bias[rows])
-        return x.view(*x.shape[:2], last - first + 1, self.heads, -1).permute(2, 0, 3, 1, 4)
+        # 1) Project: queries from x, keys and values from memory.
+        query = self.split_heads(self.query(x))  # (N, heads, T, d_k)
+        if memory is not None:
+            key = self.split_heads(self.key(memory))  # (N, heads, S, d_k)
+            value = self.split_heads(self.value(memory))  # (N, heads, S, d_k)
+        if cache is not None:
+            if memory is None:
+                key, value = cache[self]
+            elif self in cache:
+                key = torch.cat([cache[self][0], key], dim=2)
+                value = torch.cat([cache[self][1], value], dim=2)
+            cache[self] = key, value
+        # 2) Attention, for all heads at once.
+        x, weights = attention(query, key, value, mask)  # (N, heads, T, d_k)
+        self.weights = weights.detach()
+        # 3) Concatenate the heads, and project.
+        return self.output(x.transpose(1, 2).flatten(2))  # (N, T, d_model)
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None,
-               causal: bool = False) -> Tensor:
-        """query: (N, heads, T, d_k); key, value: (N, heads, S, d_k) -> (N, T, d_model)."""
-        if common.FUSED_ATTENTION and not self.keep_weights:
-            x = F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal)
-        else:
-            if causal:  # position t looks at 0 ... t, and not at what it is to predict
-                mask = torch.ones(query.shape[2], key.shape[2], device=query.device).tril().bool()
-            x, self.weights = scaled_dot_product_attention(query, key, value, mask)
-        return self.out_proj(x.transpose(1, 2).flatten(2))  # the heads side by side again
+
+class FeedForward(nn.Sequential):
+    """Two linear layers, at each position by itself: (N, length, d_model) -> the same shape."""
+
+    def __init__(self, d_model: int, d_ff: int):
+        super().__init__(
+            nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and feed-forward: (N, S, d_model) -> (N, S, d_model)."""
+    """Self-attention and feed-forward: (N, S, d_model) -> (N, S, d_model).
 
-    def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float, pre_norm: bool,
-                 sublayers: int = 2):
+    Layer norm comes before each sublayer, so that no norm stands on the path of the sums from the
+    first layer to the last (Xiong et al., 2020); in the paper it comes after each sum.
+    """
+
+    def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float):
         super().__init__()
         self.self_attention = MultiHeadAttention(d_model, heads)
-        self.feed_forward = nn.Sequential(nn.Linear(d_model, d_ff), nn.ReLU(inplace=True),
-                                          nn.Linear(d_ff, d_model))
-        self.norms = nn.ModuleList(nn.LayerNorm(d_model) for _ in range(sublayers))
-        self.dropout, self.pre_norm = nn.Dropout(dropout), pre_norm
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
 
-    def residual(self, norm: nn.Module, x: Tensor, sublayer: Callable) -> Tensor:
-        if self.pre_norm:  # a path from end to end that no norm interrupts: Xiong et al., 2020
-            return x + self.dropout(sublayer(norm(x)))
-        return norm(x + self.dropout(sublayer(x)))  # the paper: Vaswani et al., 2017
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        attend, project = self.self_attention.attend, self.self_attention.project
-        x = self.residual(self.norms[0], x, lambda y: attend(*project(y, 0, 2), mask))
-        return self.residual(self.norms[1], x, self.feed_forward)
+    def forward(self, x: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.dropout(self.self_attention(y, y, source_mask))
+        return x + self.dropout(self.feed_forward(self.norm2(x)))
 
 
-class DecoderLayer(EncoderLayer):
+class DecoderLayer(nn.Module):
     """Causal self-attention, cross-attention, feed-forward: (N, T, d_model) -> (N, T, d_model)."""
 
-    def __init__(self, d_model: int, heads: int, *sizes):
-        super().__init__(d_model, heads, *sizes, sublayers=3)
+    def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float):
+        super().__init__()
+        self.self_attention = MultiHeadAttention(d_model, heads)
         self.cross_attention = MultiHeadAttention(d_model, heads)
+        self.feed_forward = FeedForward(d_model, d_ff)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.norm2 = nn.LayerNorm(d_model)
+        self.norm3 = nn.LayerNorm(d_model)
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: dict, mask: Tensor | None = None,
-                position: int | None = None) -> Tensor:
-        """cache: "source" and "target", keys and values (2, N, heads, length, d_k). At a
-        `position`, x is what is there alone, (N * K, 1, d_model), for K hypotheses of a source.
-        """
-        def look_back(y):
-            query, *key_value = self.self_attention.project(y, 0, 2)
-            if position is not None:
-                if position % 32 == 0:  # room for 32 more, so that copies are rare
-                    cache["target"] = F.pad(cache["target"], (0, 0, 0, 32))
-                cache["target"][:, :, :, position:position + 1] = torch.stack(key_value)
-                key_value = cache["target"][:, :, :, :position + 1]
-            return self.self_attention.attend(query, *key_value, causal=position is None)
+    def forward(self, x: Tensor, memory: Tensor | None, causal_mask: Tensor | None = None,
+                source_mask: Tensor | None = None, cache: dict | None = None) -> Tensor:
+        y = self.norm1(x)
+        x = x + self.dropout(self.self_attention(y, y, causal_mask, cache))
+        x = x + self.dropout(self.cross_attention(self.norm2(x), memory, source_mask, cache))
+        return x + self.dropout(self.feed_forward(self.norm3(x)))
 
-        def look_at_source(y):  # K hypotheses are like K positions: the source's keys serve all
-            y = y.reshape(cache["source"].shape[1], -1, y.shape[-1])
-            query = self.cross_attention.project(y, 0, 0)
-            return self.cross_attention.attend(*query, *cache["source"], mask).view(x.shape)
-        x = self.residual(self.norms[0], x, look_back)
-        x = self.residual(self.norms[1], x, look_at_source)
-        return self.residual(self.norms[2], x, self.feed_forward)
+
+def sinusoidal_positions(length: int, d_model: int) -> Tensor:
+    """(length, d_model): sines and cosines of wavelengths from 2 pi to 10000 * 2 pi."""
+    exponents = torch.arange(0, d_model, 2) / d_model
+    angles = torch.arange(length)[:, None] / 10000**exponents  # (length, d_model / 2)
+    waves = torch.stack([angles.sin(), angles.cos()], dim=2)  # (length, d_model / 2, 2)
+    return waves.flatten(1)
 
 
 class Transformer(nn.Module):
     """Encoder and decoder, with one table of embeddings for source, target and output.
 
-    int64 (N, S) and (N, T), of at most max_length tokens -> float (N, T, vocabulary): logits at t
-    for the token after target[:, t].
+    source: int64 (N, S); target_input: int64 (N, T), which begins with <bos>; both of at most
+    max_length tokens -> logits: float (N, T, vocabulary), at t for what follows target_input[:, t].
     """
 
     def __init__(self, vocabulary: int, max_length: int = 100, d_model: int = 64, heads: int = 4,
-                 layers: int = 2, d_ff: int = 256, dropout: float = 0.0, pre_norm: bool = True):
+                 layers: int = 2, d_ff: int = 256, dropout: float = 0.0):
         super().__init__()
-        sizes = d_model, heads, d_ff, dropout, pre_norm
-        self.embedding, self.dropout = nn.Embedding(vocabulary, d_model), nn.Dropout(dropout)
-        table = sinusoidal_positions(max_length + 1, d_model)  # one more, for <bos>
-        self.register_buffer("positions", table, persistent=False)
+        sizes = (d_model, heads, d_ff, dropout)
+        self.embedding = nn.Embedding(vocabulary, d_model)
+        self.register_buffer("positions", sinusoidal_positions(max_length, d_model),
+                             persistent=False)
+        self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(layers))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(layers))
-        # The sum that pre-norm layers leave has not been normalised yet.
-        self.encoder_norm = nn.LayerNorm(d_model) if pre_norm else nn.Identity()
-        self.decoder_norm = nn.LayerNorm(d_model) if pre_norm else nn.Identity()
+        # The sums that the last layers return have not been normalized yet.
+        self.encoder_norm = nn.LayerNorm(d_model)
+        self.decoder_norm = nn.LayerNorm(d_model)
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)  # Glorot and Bengio, 2010
-        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # logits begin near 1 in size
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # logits start near size 1
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
+        """int64 (N, length), the first at position `start` -> (N, length, d_model)"""
         x = self.embedding(tokens) * math.sqrt(self.embedding.embedding_dim)
         return self.dropout(x + self.positions[start:start + tokens.shape[1]])
 
-    def encode(self, source: Tensor, mask: Tensor | None = None) -> list:
-        """source: (N, S); mask: (N, 1, 1, S) or None -> the cache of each decoder layer."""
+    def encode(self, source: Tensor) -> tuple:
+        """source: (N, S) -> memory (N, S, d_model), and its mask (N, 1, 1, S), False at <pad>."""
+        source_mask = (source != PAD)[:, None, None, :]
         x = self.embed(source)
         for layer in self.encoder:
-            x = layer(x, mask)
-        x = self.encoder_norm(x)
-        key_values = [layer.cross_attention.project(x, 1, 2) for layer in self.decoder]
-        return [{"source": pair, "target": pair[:, :, :, :0]} for pair in key_values]
+            x = layer(x, source_mask)
+        return self.encoder_norm(x), source_mask
 
-    def decode(self, target: Tensor, caches: list, mask: Tensor | None = None,
-               position: int | None = None) -> Tensor:
-        """target: (N, T), or its token at one `position` alone, (N * K, 1) -> logits."""
-        x = self.embed(target, position or 0)
-        for layer, cache in zip(self.decoder, caches):
-            x = layer(x, cache, mask, position)
+    def decode(self, target_input: Tensor, memory: Tensor | None, source_mask: Tensor,
+               cache: dict | None = None, start: int = 0) -> Tensor:
+        """Logits (N, T, vocabulary) for the tokens that follow those of target_input (N, T).
+
+        With a cache, target_input continues the `start` tokens of the calls before.
+        """
+        length = target_input.shape[1]
+        # Position t looks at positions 0 to t, and not at the token that it is to predict.
+        causal_mask = torch.ones(length, start + length, device=target_input.device)
+        causal_mask = causal_mask.tril(start).bool()  # (T, start + T)
+        x = self.embed(target_input, start)
+        for layer in self.decoder:
+            x = layer(x, memory, causal_mask, source_mask, cache)
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
-    def forward(self, source: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.decode(target, self.encode(source, mask), mask)
+    def forward(self, source: Tensor, target_input: Tensor) -> Tensor:
+        memory, source_mask = self.encode(source)
+        return self.decode(target_input, memory, source_mask)
+
+
+@torch.no_grad()
+def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
+    """Write a target for each source, keeping its `beam` most probable hypotheses at each step; a
+    beam of 1 is greedy decoding.
+
+    source: int64 (N, S) -> the best targets, int64 (N, T), <pad> after <eos>, and their
+    log-probabilities, float (N,).
+    """
+    # There is a row for each hypothesis: N * beam rows, those of a source side by side.
+    memory, source_mask = model.encode(source.repeat_interleave(beam, dim=0))
+    first_row = torch.arange(0, len(memory), beam, device=source.device).unsqueeze(1)
+    vocabulary = len(model.embedding.weight)
+    tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
+    scores = torch.zeros(len(source), beam, device=source.device)  # log-probabilities
+    scores[:, 1:] = -math.inf  # at first all hypotheses of a source are equal: one counts
+    cache = {}
+    for position in range(len(model.positions)):
+        logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
+        steps = F.log_softmax(logits[:, 0].float(), dim=1)  # (N * beam, vocabulary)
+        # A hypothesis that has ended goes on with <pad>, at no cost; the others never do.
+        ended = tokens[:, -1] <= EOS
+        steps[:, PAD] = -math.inf
+        steps[ended] = -math.inf
+        steps[ended, PAD] = 0
+        # The best of all hypotheses with all tokens that may follow, in descending order.
+        sums = scores.view(-1, 1) + steps  # (N * beam, vocabulary)
+        scores, best = sums.view(len(source), -1).topk(beam)  # (N, beam)
+        rows = (first_row + best // vocabulary).flatten()
+        newest = (best % vocabulary).view(-1, 1)  # (N * beam, 1)
+        tokens = torch.cat([tokens[rows], newest], dim=1)
+        # Each step lowers a score or keeps it: what has ended as the best one stays the best.
+        if (tokens[::beam, -1] <= EOS).all():
+            break
+        memory = None  # its keys and values are in the cache
+        if beam > 1:
+            for layer, (key, value) in cache.items():
+                cache[layer] = key[rows], value[rows]
+    return tokens[::beam, 1:], scores[:, 0]
 
 
 # ---------------------------------------------------------------- Training
 
 
-def cross_entropy(logits: Tensor, tokens: Tensor, smoothing: float = 0.0) -> tuple:
-    """Mean cross-entropy against targets of 1 - smoothing for the token, the rest for all alike;
-    how many tokens count, which <pad> does not; how many are the most probable.
+def shift_right(target: Tensor) -> Tensor:
+    """The decoder's input for a target (N, T): <bos>, and all tokens but the last."""
+    return F.pad(target[:, :-1], (1, 0), value=BOS)
 
-    logits: float (N, T, vocabulary); tokens: int64 (N, T). Szegedy et al., 2016.
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
+    """Mean cross-entropy with label smoothing (Szegedy et al., 2016): the label's target is
+    1 - smoothing, and `smoothing` is spread evenly over the vocabulary.
+
+    logits: float (N, vocabulary); labels: int64 (N,).
     """
-    kept, tokens = (tokens != PAD).flatten(), tokens.flatten()
-    log_probabilities = F.log_softmax(logits.flatten(0, 1).float(), dim=1)
-    loss = ((1 - smoothing) * F.nll_loss(log_probabilities, tokens, ignore_index=PAD)
-            - smoothing * (log_probabilities.mean(1) * kept).sum() / kept.sum())
-    return loss, kept.sum(), ((log_probabilities.argmax(1) == tokens) & kept).sum()
+    log_probabilities = F.log_softmax(logits, dim=1)
+    of_labels = F.nll_loss(log_probabilities, labels)
+    of_vocabulary = -log_probabilities.mean()
+    return (1 - smoothing) * of_labels + smoothing * of_vocabulary
 
 
-def train(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
-    """Train a Transformer; keep its last epoch and the one best on validation in `folder`."""
-    common.seed_everything(args.seed)
-    pairs = [data.vocabulary.encode(source, target)
-             for source, targets in data.train.items() for target in targets]
-    options = {"vocabulary": len(data.vocabulary.tokens), "pre_norm": not args.post_norm,
-               "max_length": 2 * max(len(row) for pair in pairs for row in pair),
-               **{name: getattr(args, name) for name in SIZES}}
+def score(row: dict) -> tuple:
+    """What the best epoch has most of: token accuracy on validation; of equal ones, less loss."""
+    return row["validation_token_accuracy"], -row["validation_loss"]
+
+
+def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
+    """Train a Transformer; keep its last and its best epoch in `folder`. Returns the history."""
+    torch.manual_seed(args.seed)
+    options = {
+        "vocabulary": len(data.vocabulary.tokens),
+        "max_length": 2 * data.longest + 1,  # room for longer predictions, and for <eos>
+        "d_model": args.d_model, "heads": args.heads, "layers": args.layers,
+        "d_ff": args.d_ff, "dropout": args.dropout}
     model = Transformer(**options).to(device)
-    budget = args.batch_size * sum(len(s) + len(t) for s, t in pairs) / len(pairs)  # tokens
-    steps = len(batches(pairs, budget))
+    # The learning rate changes at each step, so the scheduler needs the steps of an epoch.
+    steps = len(similar_length_batches(data.train, args.batch_size, args.seed))
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
-                                  betas=(0.9, 0.98), **common.FUSED_ADAM)
-    schedule = common.warmup_cosine(optimizer, args.warmup, args.epochs * steps)
-    dtype = common.select_dtype(args.precision, device, small=True)
-    scaler = common.gradient_scaler(dtype)
-    state = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    checksum = common.checksum((data.train, data.validation, data.vocabulary.tokens))
-    path, history = folder / "last.pt", []
-    if args.resume:
-        checkpoint = common.load_checkpoint(path, "transformer.py")
-        history = common.restore(path, checkpoint, state, checksum)
-    parallel = common.parallel(common.compile_model(model, args.compile), device)
-    terms = torch.tensor([len(target) - 1 for _, target in pairs])  # tokens to predict
+                                  betas=(0.9, 0.98), **common.FUSED)
+    scheduler = common.make_scheduler(optimizer, args, steps)
+    state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    history = common.resume(folder, args, state) if args.resume else []
+    ddp_model = common.data_parallel(model, args, device)
+    autocast = common.autocast(args.precision, device, large=False)
 
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        if history and common.epochs_since_best(history, BEST) >= args.patience:
-            print(f"no better validation accuracy for {args.patience} epochs: stopping early")
-            break
+    for epoch in common.epochs(args, history, score):
         start = time.perf_counter()
-        common.seed_everything(args.seed, epoch)
         model.train()
-        totals = torch.zeros(2, device=device)  # loss, right tokens
-        bar = common.progress(common.shares(batches(pairs, budget, shuffle=True), terms),
-                              f"epoch {epoch}/{args.epochs}")
-        for step, (indices, weight, count) in enumerate(bar):
-            source, target, mask = collate([pairs[i] for i in indices], device)
-            with common.autocast(device, dtype):
-                # Teacher forcing: whatever is predicted, the next input is the right token.
-                logits = parallel(source, target[:, :-1], mask)
-            loss, tokens, right = cross_entropy(logits, target[:, 1:], args.label_smoothing)
+        means = common.RunningMeans()
+        batches = similar_length_batches(data.train, args.batch_size, args.seed, epoch)
+        for indices in common.progress_bar(batches, f"epoch {epoch}/{args.epochs}"):
+            sources, targets = zip(*(data.train[i] for i in indices))
+            source = data.vocabulary.encode(sources, device)  # (N, S)
+            target = data.vocabulary.encode(targets, device)  # (N, T)
+            # Teacher forcing: whatever the model would write, its next input is the correct token.
+            with autocast:
+                logits = ddp_model(source, shift_right(target))  # (N, T, vocabulary)
+            # Padding does not count.
+            kept = target != PAD
+            logits = logits[kept].float()  # (tokens, vocabulary)
+            labels = target[kept]
+            loss = cross_entropy(logits, labels, args.label_smoothing)
+            # Backward pass, and a step along the gradient.
             optimizer.zero_grad()
-            scaler.scale(weight * loss).backward()
-            scaler.unscale_(optimizer)
-            common.clip_gradients(model, args.clip, (epoch - 1) * steps + step + 1, scaler)
-            scaler.step(optimizer)
-            scaler.update()
-            schedule.step()
-            totals += weight * count * torch.stack([loss.detach(), right / tokens])
-            if step % 10 == 9:
-                bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
-        loss, share = (common.mean_of_processes(totals) / terms.sum()).tolist()
-        validation, _ = measure(model, data.vocabulary, data.validation)
-        history.append({"epoch": epoch, "learning_rate": schedule.get_last_lr()[0],
-                        "train_loss": loss, "train_token_accuracy": share,
-                        **{f"validation_{name}": validation[name] for name in METRICS},
-                        "seconds": time.perf_counter() - start})
-        print(f"epoch {epoch:2}/{args.epochs}  train {loss:.2f}  validation "
-              f"{validation['loss']:.2f}, exact match {validation['exact_match']:.1%}  "
-              f"{common.pace(history, args.epochs)}", flush=True)
-        best = common.epochs_since_best(history, BEST) == 0 and {
-            "script": "transformer.py", "model": model.state_dict(), "model_options": options,
-            "tokens": data.vocabulary.tokens, "kinds": [args.source_tokens, args.target_tokens],
-            "metrics": history[-1]}
-        common.save_epoch(folder, history, best, {
-            "script": "transformer.py", "options": vars(args), "data": checksum,
-            "history": history, **{name: part.state_dict() for name, part in state.items()}})
+            loss.backward()
+            norm = common.clip_gradients(model, args.clip)
+            optimizer.step()
+            scheduler.step()
+            accuracy = (logits.argmax(1) == labels).float().mean()
+            means.update(train_loss=loss, train_token_accuracy=accuracy, gradient_norm=norm,
+                         clipped=norm > args.clip)
+
+        # Early stopping and the choice of the best epoch look at the validation set alone.
+        validation = common.on_first(measure, model, data.vocabulary, data.validation, device)
+        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **means.compute(),
+               **{f"validation_{name}": value for name, value in validation.items()},
+               "seconds": time.perf_counter() - start}
+        history.append(row)
+        print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}  validation "
+              "{validation_loss:.3f}, exact match {validation_exact_match:.1%}  "
+              "{seconds:.1f} s".format(epochs=args.epochs, **row), flush=True)
+        best = None
+        if common.epochs_since_best(history, score) == 0:
+            best = {"model": model.state_dict(), "options": options,
+                    "tokens": data.vocabulary.tokens[UNK + 1:],
+                    "source_tokens": args.source_tokens, "target_tokens": args.target_tokens}
+        common.save_epoch(folder, args, history, state, best)
     return history
 
 
-# ---------------------------------------------------------------- Evaluation and pictures
+# ---------------------------------------------------------------- Evaluation and plots
 
 
-@torch.no_grad()
-def beam_search(model: Transformer, source: Tensor, mask: Tensor | None = None,
-                beam: int = 1) -> list:
-    """Write a target to each source (N, S) token by token, keeping the `beam` best hypotheses of
-    each. The greedy one, a beam of 1, can fall out of a wider beam; it competes at the end.
-
-    Returns N tuples: the score, which is the log-probability over a length penalty (Wu et al.,
-    2016); the log-probability; the tokens.
-    """
-    greedy = beam_search(model, source, mask) if beam > 1 else None
-    n, limit, vocabulary = len(source), len(model.positions) - 1, len(model.embedding.weight)
-    penalty = ((5 + torch.arange(limit + 1, device=source.device)) / 6.0)**0.6
-    caches = model.encode(source, mask)
-    tokens = source.new_full((n, 1, 1), BOS)  # (n, k, position + 1); k is 1, then `beam`
-    totals = torch.zeros((n, 1), device=source.device)  # (n, k): log-probabilities
-    ended, sources, results = totals.bool(), torch.arange(n, device=source.device), []
-    for position in range(limit):
-        logits = model.decode(tokens[:, :, -1].reshape(-1, 1), caches, mask, position)
-        steps = F.log_softmax(logits.float(), dim=-1).view(*ended.shape, vocabulary)
-        steps[..., :EOS] = steps[ended] = -math.inf  # <pad> and <bos> are no answers,
-        steps[..., PAD][ended] = 0  # but what has ended goes on as it is, at no cost
-        sums = totals[..., None] + steps
-        lengths = (tokens > EOS).sum(2) + 1  # one more: the token to come, or <eos>
-        ranks = (sums / penalty[lengths][..., None]).flatten(1)  # (n, k * vocabulary)
-        scores, chosen = ranks.topk(min(beam, ranks.shape[1]))  # (n, beam), the best first
-        parents, newest = chosen // vocabulary, chosen % vocabulary
-        rows = torch.arange(len(ended), device=source.device)[:, None] * ended.shape[1] + parents
-        tokens = torch.cat([tokens.flatten(0, 1)[rows], newest[..., None]], 2)
-        totals, ended = sums.flatten(1).gather(1, chosen), newest <= EOS
-        # At best, an open hypothesis ends at the greatest length with no more probability lost.
-        hope = (totals / penalty[limit]).masked_fill(ended, -math.inf).max(1).values
-        done = ended[:, 0] & (scores[:, 0] >= hope) | (position == limit - 1)
-        shrink = 2 * done.sum() >= len(done)  # half of the batch is worth a copy of the caches
-        if shrink:
-            best = sources, scores[:, 0], totals[:, 0], tokens[:, 0, 1:]
-            results += zip(*(part[done].tolist() for part in best))
-            if done.all():
-                break
-            sources, tokens, totals, ended, rows = (
-                part[~done] for part in (sources, tokens, totals, ended, rows))
-            mask = mask if mask is None else mask[~done]
-            for cache in caches:
-                cache["source"] = cache["source"][:, ~done]
-        for cache in caches if shrink or beam > 1 else ():
-            cache["target"] = cache["target"][:, rows.flatten()]
-    results = [(score, total, row[:(row + [EOS]).index(EOS)])
-               for _, score, total, row in sorted(results)]
-    return list(map(max, greedy, results)) if greedy else results
+def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
+                  device: torch.device, beam: int = 1) -> list:
+    """What the model writes by itself: (target tokens, probability) for each source's tokens."""
+    model.eval()
+    written = []
+    for start in common.progress_bar(range(0, len(sources), 500), "decoding"):
+        source = vocabulary.encode(sources[start:start + 500], device)
+        target, log_probabilities = beam_search(model, source, beam)
+        rows = map(vocabulary.decode, target.tolist())
+        written += zip(rows, log_probabilities.exp().tolist())
+    return written
 
 
 def edit_distance(a: Sequence, b: Sequence) -> int:
-    """The fewest insertions, deletions and substitutions from a to b. Levenshtein, 1966."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    """The least number of insertions, deletions and substitutions that turn a into b.
+
+    Levenshtein, 1966.
+    """
+    row = list(range(len(b) + 1))  # the distances of no element of a from each beginning of b
+    for i, x in enumerate(a):
+        above = row
+        row = [i + 1]
+        for j, y in enumerate(b):
+            substituted = above[j] + (x != y)
+            row.append(min(substituted, above[j + 1] + 1, row[j] + 1))
     return row[-1]
 
 
-def write_targets(model: Transformer, vocabulary: Vocabulary, sources: Iterable,
-                  beam: int = 1) -> dict:
-    """Free running: {source: (score, log-probability, target tokens)}, by beam_search()."""
-    model.eval()
-    sources, found = list(sources), {}
-    pairs = [vocabulary.encode(source) for source in sources]
-    for indices in common.progress(common.mine(batches(pairs, 8192)), "decoding"):
-        source, _, mask = collate([pairs[i] for i in indices], model.positions.device)
-        for i, (*numbers, row) in zip(indices, beam_search(model, source, mask, beam)):
-            found[sources[i]] = *numbers, tuple(vocabulary.tokens[token] for token in row)
-    for part in common.gather([found]):
-        found.update(part)
-    return found
-
-
-def compare(found: dict, answers: dict) -> dict:
-    """What was written against the nearest of the right targets: exact_match, also by_length of
-    the source; error_rate, which is edit distance over the right target's length.
-    """
-    errors, lengths, right = 0, 0, defaultdict(list)
-    for source, targets in answers.items():
-        row = found[source][-1]
-        distance, length = min((edit_distance(row, target), len(target)) for target in targets)
-        errors, lengths = errors + distance, lengths + length
-        right[len(source)].append(distance == 0)
-    return {"exact_match": sum(map(sum, right.values())) / len(answers),
-            "error_rate": errors / lengths,
-            "by_length": {n: sum(right[n]) / len(right[n]) for n in sorted(right)}}
-
-
 @torch.no_grad()
-def measure(model: Transformer, vocabulary: Vocabulary, answers: dict) -> tuple[dict, dict]:
-    """Metrics on {source: [right target, ...]}, and what write_targets() writes to the sources:
-    loss and token_accuracy under teacher forcing with the first answer, and those of compare().
+def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: torch.device,
+            beam: int = 1) -> dict:
+    """Loss and token accuracy under teacher forcing; exact match and error rate (edit distance over
+    length) of what the model writes to each source by itself, against the nearest of its targets.
     """
     model.eval()
-    pairs = [vocabulary.encode(source, targets[0]) for source, targets in answers.items()]
-    totals = []  # of each batch: loss, tokens, right tokens
-    for indices in common.mine(batches(pairs, 8192)):
-        source, target, mask = collate([pairs[i] for i in indices], model.positions.device)
-        loss, count, right = cross_entropy(model(source, target[:, :-1], mask), target[:, 1:])
-        totals.append(torch.stack([loss * count, count, right]).cpu())
-    totals = sum(common.gather(totals))
-    loss, _, token_accuracy = (totals / totals[1]).tolist()
-    found = write_targets(model, vocabulary, answers)
-    return {"loss": loss, "token_accuracy": token_accuracy, **compare(found, answers)}, found
+    pairs = sorted(pairs, key=pair_length)  # a batch of similar lengths needs little padding
+    losses, hits = [], []
+    for start in range(0, len(pairs), 500):
+        sources, targets = zip(*pairs[start:start + 500])
+        target = vocabulary.encode(targets, device)  # (N, T)
+        kept = target != PAD
+        logits = model(vocabulary.encode(sources, device), shift_right(target))[kept]
+        losses.append(F.cross_entropy(logits, target[kept], reduction="none"))
+        hits.append(logits.argmax(1) == target[kept])
+
+    answers = defaultdict(list)  # all targets of each source
+    for source, target in pairs:
+        answers[source].append(target)
+    written = write_targets(model, vocabulary, list(answers), device, beam)
+    exact, errors, length = 0, 0, 0
+    for (tokens, _), targets in zip(written, answers.values()):
+        nearest = min(targets, key=lambda target: edit_distance(tokens, target))
+        exact += tokens == nearest
+        errors += edit_distance(tokens, nearest)
+        length += len(nearest)
+    return {"loss": torch.cat(losses).mean().item(),
+            "token_accuracy": torch.cat(hits).float().mean().item(),
+            "exact_match": exact / len(answers), "error_rate": errors / length}
 
 
-def describe(metrics: dict) -> str:
-    return ", ".join(METRICS[name].format(metrics[name]) for name in METRICS if name in metrics)
-
-
-def evaluate(args: argparse.Namespace, data: Dataset, folder: Path, device: torch.device,
+def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
-    """Measure the best Transformer on the test part; draw the pictures; write summary.json."""
+    """Measure the best model on the test set; draw the plots; write summary.json."""
     model, vocabulary, checkpoint = load_model(folder / "best.pt", device)
-    test, greedy = measure(model, vocabulary, data.test)
-    wider = write_targets(model, vocabulary, data.test, args.beam)
-    gains = [wider[s][0] - greedy[s][0] for s in greedy if wider[s][-1] != greedy[s][-1]]
-    beam = {"width": args.beam, **compare(wider, data.test),
-            "better": sum(gain > 0 for gain in gains), "worse": sum(gain < 0 for gain in gains)}
-    test.update(beam=beam, best_epoch=checkpoint["metrics"]["epoch"])
-    print(f"\ntest on {data.name}, {len(greedy)} sources, weights of epoch {test['best_epoch']}:\n"
-          f"{describe(test)}\nbeam {args.beam}: {describe(beam)},\n"
-          f"scores better than greedy: {beam['better']}, worse: {beam['worse']}")
-    if data.longer:
-        test["longer"], _ = measure(model, vocabulary, data.longer)
-        print(f"sources longer than any in training:\n{describe(test['longer'])}")
-    rows = [(greedy[source][-1] in targets, source, greedy[source][-1])
-            for source, targets in data.test.items()]
-    for right, source, target in rows[:4] + [row for row in rows[4:] if not row[0]][:4]:
-        print("  ", JOIN[args.source_tokens](source), "->", JOIN[args.target_tokens](target),
-              "" if right else "(wrong)")
-    seconds = sum(row["seconds"] for row in history)
-    common.write_summary(folder / "summary.json", script="transformer.py", data=data.name,
-                         options=vars(args), test=test, seconds=seconds)
-    title = f"Transformer on {data.name}"
-    common.plot_history(folder / "curves.png", history, title, {
+    # The only place where the test set is used.
+    test = measure(model, vocabulary, data.test, device, args.beam)
+    test["greedy_exact_match"] = measure(model, vocabulary, data.test, device)["exact_match"]
+    test["best_epoch"] = checkpoint["metrics"]["epoch"]
+    common.write_summary(folder, args, history, test)
+    print("test: exact match {exact_match:.2%} (greedy decoding {greedy_exact_match:.2%}), error "
+          "rate {error_rate:.2%}, tokens {token_accuracy:.2%}; epoch {best_epoch}".format(**test))
+    title = f"Transformer: {data.name}"
+    figure, _ = common.plot_history(history, args, title, {
         "loss": {"training, smoothed": "train_loss", "validation": "validation_loss"},
-        "share right": {"training tokens": "train_token_accuracy", "validation tokens": BEST,
-                        "validation sequences": "validation_exact_match"},
-        "learning rate": {"learning rate": "learning_rate"}})
-    _, *pair = max(rows, key=lambda row: (row[0], min(len(row[1]), 16)))
-    draw(folder, title, model, vocabulary, pair, test)
-    print(f"training took {seconds:.0f} s; pictures and checkpoints are in {args.out}\n"
-          f"write targets with: python transformer.py --out {args.out} --predict TEXT ...")
-
-
-def draw(folder: Path, title: str, model: Transformer, vocabulary: Vocabulary, pair: Sequence,
-         test: dict) -> None:
-    """Cross-attention of the last decoder layer on one pair, in at most 8 heads and 50 tokens;
-    positions; accuracy by length.
-    """
-    pair = [row[:50] for row in pair]
-    attention = model.decoder[-1].cross_attention
-    attention.keep_weights = True
-    source, target, _ = collate([vocabulary.encode(*pair)], model.positions.device)
-    with torch.no_grad():
-        model(source, target[:, :-1])
-    weights = attention.weights[0, :8].cpu()  # (heads, T, S)
-    heads, height, width = weights.shape
-    read, written = ([*map(common.plain, row), "<eos>"] for row in pair)
-    inches = max(8, 1 + heads * (0.3 + 0.2 * width)), 1.6 + 0.2 * height
-    figure, axes = common.new_figure(1, heads, inches,
-                                     f"{title}: cross-attention of the last decoder layer")
-    for head, axis in enumerate(axes.flat):
-        axis.imshow(weights[head], cmap="Blues", vmin=0, vmax=1)
-        axis.set(title=f"head {head + 1}", xlabel="source", ylabel="token written")
-        axis.set_xticks(range(width), read, fontsize=8, rotation=90)
-        axis.set_yticks(range(height), written, fontsize=8)
-        axis.label_outer()
+        "fraction correct": {"training tokens": "train_token_accuracy",
+                             "validation tokens": "validation_token_accuracy",
+                             "validation sequences": "validation_exact_match"},
+        "gradient norm": {"before clipping": "gradient_norm"}})
+    common.save_figure(folder / "curves.png", figure)
+    figure = plot_attention(model, vocabulary, data.test[0], device, title)
     common.save_figure(folder / "attention.png", figure)
 
-    figure, ((axis,),) = common.new_figure(1, 1, (6, 4), f"{title}: positional encoding")
-    figure.colorbar(axis.imshow(model.positions.cpu(), cmap="RdBu", vmin=-1, vmax=1, aspect="auto"))
-    axis.set(xlabel="dimension", ylabel="position")
-    common.save_figure(folder / "positions.png", figure)
 
-    figure, ((axis,),) = common.new_figure(1, 1, (8, 3.5), f"{title}: exact match against length")
-    for label, part in ("test part", test), ("longer than any in training", test.get("longer")):
-        if part:
-            axis.plot(*zip(*part["by_length"].items()), "o-", label=label)
-    axis.set(xlabel="tokens in the source", ylabel="exact match", ylim=(-0.05, 1.05),
-             xlim=(0, None))
-    axis.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2)
-    common.save_figure(folder / "length.png", figure)
-
-
-def load_model(path: Path, device: torch.device) -> tuple[Transformer, Vocabulary, dict]:
-    """The Transformer saved in a best.pt, its vocabulary, and the checkpoint itself."""
-    checkpoint = common.load_checkpoint(path, "transformer.py", "kinds", "metrics")
-    with common.using(path):
-        model = Transformer(**checkpoint["model_options"])
-        model.load_state_dict(checkpoint["model"])
-        vocabulary = Vocabulary(checkpoint["tokens"][UNK + 1:])
-        if len(vocabulary.tokens) != len(model.embedding.weight):
-            raise ValueError(f"a vocabulary of {len(vocabulary.tokens)} tokens")
-    return model.to(device), vocabulary, checkpoint
+def plot_attention(model: Transformer, vocabulary: Vocabulary, pair: tuple, device: torch.device,
+                   title: str) -> Any:
+    """Where each head of the last decoder layer looks while it writes the target of a pair."""
+    source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
+    with torch.no_grad():
+        model(source, shift_right(target))
+    weights = model.decoder[-1].cross_attention.weights[0].cpu()  # (heads, T, S)
+    read = [common.plain(vocabulary.tokens[number]) for number in source[0]]
+    written = [common.plain(vocabulary.tokens[number]) for number in target[0]]
+    rows = math.ceil(len(weights) / 2)
+    figure, axes = common.new_figure(rows, 2, (8.3, 4 * rows), f"{title}: cross-attention")
+    for head, axis in zip(weights, axes.flat):
+        axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
+        axis.set(xticks=range(len(read)), yticks=range(len(written)), xlabel="source",
+                 ylabel="token written", xticklabels=read, yticklabels=written)
+    return figure
 
 
-def predict(args: argparse.Namespace, device: torch.device) -> None:
+def load_model(path: Path, device: torch.device) -> tuple:
+    """The model saved in a best.pt, its vocabulary, and the checkpoint itself."""
+    checkpoint = common.load_checkpoint(path, "transformer.py")
+    model = Transformer(**checkpoint["options"])
+    model.load_state_dict(checkpoint["model"])
+    return model.to(device), Vocabulary(checkpoint["tokens"]), checkpoint
+
+
+def predict(args: Namespace, device: torch.device) -> None:
     """Print `source <tab> target <tab> probability` for each text of --predict."""
     model, vocabulary, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    (kind, answer_kind), limit = checkpoint["kinds"], len(model.positions) - 1
-    lines = args.predict if args.predict != ["-"] else sys.stdin.read().rstrip("\n").split("\n")
-    sources = [SPLIT[kind](line) for line in lines]
-    for i, source in enumerate(sources, 1):
-        if not 0 < len(source) <= limit:  # <eos> takes one more
-            raise common.UserError(f"--predict: line {i} has {len(source)} tokens, and the model "
-                                   f"takes 1 to {limit}; shorten it, or train on longer ones")
-    unseen = {token for source in sources for token in source} - set(vocabulary.numbers)
-    if unseen:
-        common.warn("never seen in training, read as <unk>: " + " ".join(sorted(unseen)[:20]))
-    found = write_targets(model, vocabulary, sources, args.beam)
-    for source in sources:
-        _, log_probability, target = found[source]
-        print(JOIN[kind](source), JOIN[answer_kind](target), f"{math.exp(log_probability):.4f}",
-              sep="\t")
+    texts = [common.normalize(text) for text in common.prediction_inputs(args.predict)]
+    sources = [split_tokens(text, checkpoint["source_tokens"]) for text in texts]
+    longest = max(map(len, sources), default=0)
+    if longest >= len(model.positions):
+        raise common.UserError(f"--predict: a text has {longest} tokens, and the model takes up to "
+                               f"{len(model.positions) - 1}; shorten it, or train on longer ones")
+    unknown = {token for source in sources for token in source}.difference(vocabulary.tokens)
+    if unknown:
+        common.warn("never seen in training: " + " ".join(sorted(unknown)[:20]))
+    separator = SEPARATORS[checkpoint["target_tokens"]]
+    written = write_targets(model, vocabulary, sources, device, args.beam)
+    for text, (tokens, probability) in zip(texts, written):
+        print(text, separator.join(tokens), f"{probability:.4f}", sep="\t")
 
 
 # ---------------------------------------------------------------- Command line
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> common.ArgumentParser:
     parser = common.option_parser(
-        "transformer.py", __doc__, "synthetic, or a CSV or TSV file with columns source and target",
-        data="synthetic", out="runs/transformer", epochs=6, batch_size=64, lr=2e-3,
-        weight_decay=0.01, clip=1.0, patience=10)
-    group = parser.add_argument_group("options of the Transformer")
-    whole, share = common.number(int, 1), common.number(float, 0, 0.99)
-    group.add_argument("--task", choices=list(TASKS), default="reverse",
-                       help="the synthetic data; add has its digits last one first [reverse]")
-    for side in "source", "target":
-        group.add_argument(f"--{side}-tokens", choices=list(SPLIT), default="chars",
-                           help=f"what a token of a {side} is [chars]")
-    for flag, kind, default, metavar, meaning in (
-            ("--synthetic-size", common.number(int, 100), 50000, "N", "synthetic pairs in all"),
-            ("--max-length", whole, 256, "TOKENS", "longest source or target that --data may have"),
-            ("--d-model", whole, 64, "N", "width of the model"),
-            ("--heads", whole, 4, "N", "attention heads in a layer"),
-            ("--layers", whole, 2, "N", "layers of the encoder, and of the decoder"),
-            ("--d-ff", whole, 256, "N", "width of the hidden layer of feed-forward"),
-            ("--dropout", share, 0.0, "SHARE", "share of a sublayer's output zeroed in training"),
-            ("--label-smoothing", share, 0.1, "SHARE", "share of a target spread over all tokens"),
-            ("--warmup", common.number(int, 0), 400, "STEPS", "steps until the rate is at --lr"),
-            ("--beam", whole, 4, "K", "hypotheses that beam search keeps; 1: greedy decoding")):
-        group.add_argument(flag, type=kind, default=default, metavar=metavar,
-                           help=f"{meaning} [%(default)s]")
-    group.add_argument("--post-norm", action="store_true",
-                       help="layer norm after each residual connection, as in the paper")
-    group.add_argument("--predict", nargs="+", metavar="TEXT",
-                       help="write targets to texts by best.pt in --out; - reads lines from stdin")
+        "transformer.py", __doc__, out="runs/transformer", epochs=6, batch_size=64, lr=2e-3,
+        warmup=0.1, weight_decay=0.01, clip=1.0, patience=10)
+    count = common.number(int, 1)
+    probability = common.number(float, 0, 0.99)
+    add = parser.add_argument_group("options of the Transformer").add_argument
+    add("--data", default="synthetic", help="a CSV or TSV file with columns source and target")
+    add("--task", choices=list(TASKS), default="reverse", help="what the synthetic targets are")
+    add("--synthetic-size", type=common.number(int, 100), default=50000, help="synthetic pairs")
+    add("--source-tokens", choices=list(SEPARATORS), default="chars", help="tokens of a source")
+    add("--target-tokens", choices=list(SEPARATORS), default="chars", help="tokens of a target")
+    add("--max-length", type=count, default=256, help="pairs with more tokens are left out")
+    add("--d-model", type=count, default=64, help="width of the model, a multiple of --heads")
+    add("--heads", type=count, default=4, help="attention heads in a layer")
+    add("--layers", type=count, default=2, help="layers of the encoder, and of the decoder")
+    add("--d-ff", type=count, default=256, help="hidden width of the feed-forward networks")
+    add("--dropout", type=probability, default=0.0, help="dropout probability")
+    add("--label-smoothing", type=probability, default=0.1, help="label smoothing")
+    add("--beam", type=count, default=4, help="hypotheses that beam search keeps; 1 is greedy")
+    add("--predict", nargs="+", metavar="TEXT", help="write targets with best.pt; - reads stdin")
     return parser
 
 
 def main() -> None:
-    args = common.parse_options(build_parser(), fixed=(
-        "data", "seed", "task", "synthetic_size", "source_tokens", "target_tokens", "max_length",
-        *SIZES, "post_norm"))
+    args = common.parse_options(build_parser())
     if args.d_model % args.heads or args.d_model % 2:
         raise common.UserError("--d-model must be even, and a multiple of --heads")
     device = common.select_device(args.device)
     if args.predict:
         predict(args, device)
         return
-    with common.run_folder(args.out, args.resume) as folder:
-        data = load_data(args)
-        print(f"{data.name}, {len(data.vocabulary.tokens)} tokens, on {device}: sources to train "
-              f"{len(data.train)}, validate {len(data.validation)}, test {len(data.test)}")
+    data = load_data(args)
+    args.checksum = zlib.crc32(repr(data.train).encode())
+    common.describe_sets(data.name, device, len(data.train), len(data.validation), len(data.test))
+    with common.run_folder(args) as folder:
         history = train(args, data, folder, device)
-        evaluate(args, data, folder, device, history)
+        if common.RANK == 0:
+            evaluate(args, data, folder, device, history)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import gan  # noqa: E402
 def main():
     logits = torch.linspace(-6, 6, 200, requires_grad=True)
     figure, ((left, right),) = common.new_figure(
-        1, 2, (9, 3.6), "What the generator minimises, and what pulls it")
+        1, 2, (9, 3.6), "What the generator minimizes, and what pulls it")
     for name, losses in (("non-saturating, -log D", F.softplus(-logits)),
                          ("minimax, log(1 - D)", -F.softplus(logits))):
         gradient, = torch.autograd.grad(losses.sum(), logits)
@@ -27,7 +27,7 @@ def main():
         right.plot(logits.detach(), -gradient, label=name)
     assert torch.isclose(gan.generator_loss(logits), F.softplus(-logits).mean())
     left.set(xlabel="logit of a generated image", ylabel="loss")
-    right.set(xlabel="logit of a generated image", ylabel="pull towards a higher logit")
+    right.set(xlabel="logit of a generated image", ylabel="pull toward a higher logit")
     for axis in left, right:
         axis.axvspan(-6, -2, color="0.92", zorder=0)
         axis.grid(alpha=0.3)

@@ -1,337 +1,471 @@
-"""The helpers of common.py, each by what it promises."""
+"""common.py: schedule, early stopping, clipping, checkpoints, run folders, tables and images."""
 
-import errno
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
+import zipfile
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from torch import nn
 
 import common
 
-ROOT = Path(common.__file__).resolve().parent
+# ---------------------------------------------------------------- Training
 
 
-def test_warmup_rises_in_a_line_and_cosine_falls_to_zero():
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
-    schedule = common.warmup_cosine(optimizer, warmup=3, total=13)
-    rates = []
-    for _ in range(14):
-        rates.append(optimizer.param_groups[0]["lr"])
+def test_learning_rate_rises_linearly_and_falls_along_a_cosine():
+    rates = [common.warmup_cosine(progress, 0.2) for progress in (0.05, 0.1, 0.2, 0.6, 1.0, 1.5)]
+    assert rates == pytest.approx([0.25, 0.5, 1.0, 0.5, 0.0, 0.0])
+    assert common.warmup_cosine(0.0, 0.0) == 1.0
+
+
+def test_scheduler_follows_the_schedule_step_by_step():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
+    args = Namespace(epochs=5, warmup=0.2)
+    scheduler = common.make_scheduler(optimizer, args, steps=4)
+    for step in range(20):
+        expected = 3.0 * common.warmup_cosine((step + 0.5) / 20, 0.2)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
         optimizer.step()
-        schedule.step()
-    assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
-    assert rates[8] == pytest.approx(1.0)  # half way down
-    assert rates[13] == pytest.approx(0.0)
-    expected = [1 + math.cos(math.pi * i / 10) for i in range(11)]
-    assert rates[3:] == pytest.approx(expected)
+        scheduler.step()
 
 
-def test_epochs_since_best_counts_from_the_first_of_equals():
-    history = [{"a": value} for value in (0.1, 0.7, 0.7, 0.6)]
-    assert [common.epochs_since_best(history[:n], "a") for n in (1, 2, 3, 4)] == [0, 0, 1, 2]
+def history(*accuracies):
+    return [{"accuracy": accuracy} for accuracy in accuracies]
 
 
-def test_clip_gradients_scales_to_the_norm_and_returns_the_old_one():
-    model, scaler = nn.Linear(3, 1), common.gradient_scaler(torch.float32)
-    model.weight.grad, model.bias.grad = torch.tensor([[1.0, 2.0, 2.0]]), torch.tensor([4.0])
-    assert common.clip_gradients(model, 0, 1, scaler).item() == 5
-    assert model.bias.grad.item() == 4  # 0 leaves the gradient as it is
-    common.clip_gradients(model, 2.5, 1, scaler)
-    assert model.bias.grad.item() == pytest.approx(2, rel=1e-4)
-    model.bias.grad[0] = math.nan
-    with pytest.raises(common.UserError, match="not finite at step 7; try a lower --lr"):
-        common.clip_gradients(model, 1.0, 7, scaler)
+def test_epochs_since_best_counts_from_the_first_maximum():
+    def score(row):
+        return row["accuracy"]
+    assert common.epochs_since_best(history(1, 3, 2, 3, 1), score) == 3
+    assert common.epochs_since_best(history(1, 2), score) == 0
 
 
-@pytest.mark.skipif(not common.HAS_AUTOCAST, reason="PyTorch 1.10 brought autocast for the CPU")
-def test_precision_is_what_the_device_is_fastest_in(monkeypatch):
-    cpu = torch.device("cpu")
-    for fast, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(common, "CPU_HAS_BFLOAT16", fast)
-        assert common.select_dtype("auto", cpu) == dtype
-        assert common.select_dtype("float32", cpu) == torch.float32
-    with pytest.raises(common.UserError, match="--precision float16 does not work on cpu with "):
-        common.select_dtype("float16", cpu)
+def test_early_stopping_waits_for_patience_and_for_the_end_of_the_warm_up(capsys):
+    def run(warmup):
+        args, rows = Namespace(epochs=20, patience=3, warmup=warmup, seed=0), []
+        for _ in common.epochs(args, rows, lambda row: row["accuracy"]):
+            rows.append({"accuracy": 0.5})
+        return len(rows)
+    assert run(warmup=0.0) == 4  # the first one, and three without improvement
+    assert run(warmup=0.5) == 11
+    assert "early stopping: no improvement on validation for 3 epochs" in capsys.readouterr().out
 
 
-def test_parameter_groups_decay_matrices_alone():
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 2))
-    decayed, free = common.parameter_groups(model, 0.1)
-    assert [p.dim() for p in decayed["params"]] == [4, 2] and decayed["weight_decay"] == 0.1
-    assert [p.dim() for p in free["params"]] == [1] * 4 and free["weight_decay"] == 0
+def test_each_epoch_has_its_own_random_numbers_also_when_resumed():
+    def draw(done):
+        args, rows, drawn = Namespace(epochs=4, patience=9, warmup=0, seed=7), history(*done), []
+        for _ in common.epochs(args, rows, lambda row: row["accuracy"]):
+            drawn.append(torch.rand(1).item())
+            rows.append({"accuracy": len(rows)})
+        return drawn
+    whole = draw([])
+    assert len(set(whole)) == 4
+    assert draw([0, 1]) == whole[2:]
 
 
-def test_seed_everything_repeats_and_tells_epochs_apart():
-    def draw(*seed):
-        common.seed_everything(*seed)
-        return torch.rand(1).item(), np.random.rand()
-    assert draw(1, 2) == draw(1, 2)
-    assert len({draw(1, 2), draw(2, 1), draw(1), draw(12)}) == 4
+def test_clip_gradients_scales_to_the_limit_and_returns_the_old_norm():
+    layer = nn.Linear(3, 2)
+    layer(torch.ones(1, 3)).sum().backward()
+    before = [p.grad.clone() for p in layer.parameters()]
+    norm = math.sqrt(sum(g.pow(2).sum().item() for g in before))
+    assert common.clip_gradients(layer, math.inf).item() == pytest.approx(norm)
+    assert all(p.grad.equal(g) for p, g in zip(layer.parameters(), before))
+    assert common.clip_gradients(layer, 0.5).item() == pytest.approx(norm)
+    for parameter, gradient in zip(layer.parameters(), before):
+        assert torch.allclose(parameter.grad, gradient * 0.5 / norm, atol=1e-4)
 
 
-def test_an_epoch_leaves_a_csv_table_and_checkpoints(tmp_path):
-    rows = [{"epoch": 1, "loss": 0.5}, {"epoch": 2, "loss": 0.25}]
-    common.save_epoch(tmp_path, rows[:1], {"script": "x", "n": 1}, {"script": "x", "n": 1})
-    common.save_epoch(tmp_path, rows, False, {"script": "x", "n": 2})  # not the best one
-    assert (tmp_path / "history.csv").read_text() == "epoch,loss\n1,0.5\n2,0.25\n"
-    assert common.load_checkpoint(tmp_path / "best.pt", "x")["n"] == 1
-    assert common.load_checkpoint(tmp_path / "last.pt", "x")["n"] == 2
+def test_weight_decay_is_for_matrices_alone():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    decayed, others = common.parameter_groups(model, 0.1)
+    assert [p.dim() for p in decayed["params"]] == [4] and decayed["weight_decay"] == 0.1
+    assert [p.dim() for p in others["params"]] == [1, 1, 1] and others["weight_decay"] == 0.0
 
 
-# ---------------------------------------------------------------- Files
+def test_running_means_are_means_over_the_steps():
+    means = common.RunningMeans()
+    for value in (1.0, 2.0, 6.0):
+        means.update(loss=torch.tensor(value, requires_grad=True), high=torch.tensor(value > 1))
+    assert means.compute() == {"loss": 3.0, "high": pytest.approx(2 / 3)}
 
 
-@pytest.mark.parametrize("code, text", [(errno.ENOSPC, "No space left on device"),
-                                        (errno.EROFS, "Read-only file system")])
-def test_a_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch, code, text):
+def test_batches_of_an_epoch_are_full_shuffled_and_dealt_out(monkeypatch):
+    batches = common.shuffled_batches(11, 4, 0, 1)
+    assert batches.shape == (2, 4) and len(set(batches.flatten().tolist())) == 8
+    assert not batches.equal(common.shuffled_batches(11, 4, 0, 2))
+    monkeypatch.setattr(common, "WORLD", 2)
+    shares = []
+    for rank in (0, 1):
+        monkeypatch.setattr(common, "RANK", rank)
+        shares.append(common.shuffled_batches(11, 4, 0, 1))
+    assert torch.stack(shares, 2).flatten(1).equal(batches)
+    with pytest.raises(common.UserError, match="each of 2 processes needs at least 2 examples"):
+        common.shuffled_batches(11, 3, 0, 1)
+
+
+def test_report_counts_by_class_and_knows_classes_without_examples():
+    predicted, labels = torch.tensor([0, 1, 1, 0]), torch.tensor([0, 1, 0, 0])
+    report = common.classification_report(predicted, labels, ["a", "b", "c"])
+    assert report["accuracy"] == report["largest_class"] == 0.75
+    assert report["per_class"] == {"a": pytest.approx(2 / 3), "b": 1.0, "c": None}
+    assert report["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+
+
+# ---------------------------------------------------------------- Checkpoints and run folders
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     path = tmp_path / "last.pt"
-    common.save_checkpoint(path, {"script": "x", "epoch": 1})
-
-    def fail(descriptor):
-        raise OSError(code, os.strerror(code))
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(common.UserError) as error:
-        common.save_checkpoint(path, {"script": "x", "epoch": 2})
-    assert str(error.value) == f"cannot write {path}: {text}; what was there is kept"
-    assert common.load_checkpoint(path, "x")["epoch"] == 1
+    common.save_checkpoint(path, {"script": "x.py", "weights": torch.arange(3.0)})
+    assert common.load_checkpoint(path, "x.py")["weights"].tolist() == [0, 1, 2]
     assert os.listdir(str(tmp_path)) == ["last.pt"]
 
 
-def test_checkpoints_that_are_missing_foreign_or_truncated_are_one_line(tmp_path):
-    path = tmp_path / "best.pt"
-    with pytest.raises(common.UserError, match="there is no .*best.pt; train first"):
-        common.load_checkpoint(path, "cnn.py")
-    common.save_checkpoint(path, {"script": "rnn.py", "model": torch.randn(500)})
-    with pytest.raises(common.UserError, match="best.pt was written by rnn.py, not by cnn.py"):
-        common.load_checkpoint(path, "cnn.py")
-    whole = path.read_bytes()
-    for tenth in range(10):
-        path.write_bytes(whole[:len(whole) * tenth // 10])
-        with pytest.raises(common.UserError) as error:
-            common.load_checkpoint(path, "rnn.py")
-        assert str(error.value).startswith(f"{path} is damaged or does not fit: ")
-        assert "\n" not in str(error.value)
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    common.save_checkpoint(path, {"script": "x.py", "epoch": 1})
+
+    def fail(*_):
+        raise OSError("No space left on device")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError):
+        common.save_checkpoint(path, {"script": "x.py", "epoch": 2})
+    assert common.load_checkpoint(path, "x.py")["epoch"] == 1
 
 
 class Payload:
-    """Pickled, this is an order to create a file when it is loaded."""
-
-    def __init__(self, path):
-        self.path = path
-
     def __reduce__(self):
-        return os.mkdir, (self.path,)
+        return os.mkdir, ("ran",)
 
 
-@pytest.mark.skipif(not common.SAFE_LOADING, reason="this PyTorch cannot promise it")
-def test_a_checkpoint_runs_no_code(tmp_path):
-    trap = tmp_path / "trap"
-    torch.save({"script": "cnn.py", "model": Payload(str(trap))}, str(tmp_path / "best.pt"))
-    with pytest.raises(common.UserError, match="is damaged or does not fit"):
-        common.load_checkpoint(tmp_path / "best.pt", "cnn.py")
-    assert not trap.exists()
+def spoil(path, how):
+    content = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(content[:-100])
+    elif how == "flipped bit":
+        with zipfile.ZipFile(str(path)) as archive:
+            entry = max(archive.infolist(), key=lambda entry: entry.file_size)  # the weights
+        position = entry.header_offset + 30 + len(entry.filename) + 200
+        path.write_bytes(content[:position] + bytes([content[position] ^ 1])
+                         + content[position + 1:])
+    elif how == "no archive":
+        path.write_bytes(b"text")
 
 
-def test_a_folder_in_use_is_refused_and_free_again_afterwards(tmp_path):
-    out = str(tmp_path / "run")
-    with common.run_folder(out, resume=False):
-        with pytest.raises(common.UserError) as error:
-            with common.run_folder(out, resume=False):
-                pass
-        assert str(error.value) == f"--out {out}: another run is writing there; take another one"
-    with common.run_folder(out, resume=False) as folder:
-        assert folder == Path(out)
+@pytest.mark.parametrize("how", ["truncated", "flipped bit", "no archive"])
+def test_a_damaged_checkpoint_is_one_line(tmp_path, how):
+    path = tmp_path / "last.pt"
+    common.save_checkpoint(path, {"script": "x.py", "weights": torch.rand(500)})
+    spoil(path, how)
+    with pytest.raises(common.UserError, match="last.pt is damaged, or no checkpoint: "):
+        common.load_checkpoint(path, "x.py")
 
 
-def test_another_run_is_moved_aside_and_a_resumed_one_is_not(tmp_path, capsys):
-    out = tmp_path / "run"
-    for n in range(3):
-        with common.run_folder(str(out), resume=False) as folder:
-            assert not (folder / "last.pt").exists()
-            (folder / "last.pt").write_text(str(n))
-            (folder / ".best.pt.tmp").write_text("left by a crash")
-    assert [path.joinpath("last.pt").read_text() for path in
-            (tmp_path / "run.1", tmp_path / "run.2", out)] == ["0", "1", "2"]
-    assert capsys.readouterr().err.endswith(f"warning: {out} held another run, which is now in "
-                                            f"{out}.2\n")
-    with common.run_folder(str(out), resume=True) as folder:
-        assert (folder / "last.pt").read_text() == "2"
-        assert not (folder / ".best.pt.tmp").exists()
+@pytest.mark.skipif(common.VERSION < (2, 0), reason="older versions of PyTorch run code")
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    common.save_checkpoint(tmp_path / "last.pt", {"script": "x.py", "weights": Payload()})
+    with pytest.raises(common.UserError, match="is damaged, or no checkpoint"):
+        common.load_checkpoint(tmp_path / "last.pt", "x.py")
+    assert not (tmp_path / "ran").exists()
 
 
-def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(common.UserError, match="--out .*file/run: .* choose a folder to write to"):
-        with common.run_folder(str(tmp_path / "file" / "run"), resume=False):
-            pass
+def test_missing_and_foreign_checkpoints_are_one_line(tmp_path):
+    with pytest.raises(common.UserError, match="there is no .*last.pt; train first"):
+        common.load_checkpoint(tmp_path / "last.pt", "x.py")
+    common.save_checkpoint(tmp_path / "last.pt", {"script": "cnn.py"})
+    with pytest.raises(common.UserError, match="was written by cnn.py, not by x.py"):
+        common.load_checkpoint(tmp_path / "last.pt", "x.py")
 
 
-@pytest.mark.parametrize("place", [
-    "signal.pause()", "del killer\n        for _ in common.progress(range(10**9), ''): pass"])
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupted_run_says_how_to_go_on(tmp_path, number, status, place):
-    code = f"""
-import common, os, signal, sys
-class Killer:
-    def __del__(self):  # what is raised in here goes nowhere
-        os.kill(os.getpid(), {int(number)})
-        for _ in range(1000):
-            pass
-def main():
-    killer = Killer() if {place.startswith("del")} else None
-    with common.run_folder("my run", False) as folder:
-        (folder / "last.pt").write_text("")
-        killer or os.kill(os.getpid(), {int(number)})
-        {place}
-sys.argv = ["cnn.py", "--epochs", "9"]
-common.run_main(main)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, timeout=100,
-                          env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert done.returncode == status
-    assert done.stderr == b"" or sys.version_info < (3, 8)  # it tells there what it drops
-    assert done.stdout.decode() == ("\ninterrupted; go on with: "
-                                    "python cnn.py --out 'my run' --resume\n")
-
-
-def test_a_signal_waits_until_torch_save_is_done(tmp_path):
-    code = """
-import common, os, pathlib, signal
-class Interrupting:
-    def __reduce__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        print("went on")
-        return int, ()
-common.run_main(lambda: common.save_checkpoint(pathlib.Path("last.pt"), {"": Interrupting()}))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=str(tmp_path), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert (done.returncode, done.stdout, done.stderr) == (130, b"went on\n", b"")
+def test_a_loss_that_is_not_finite_writes_nothing(tmp_path):
+    with pytest.raises(common.UserError, match="the loss or its gradient is not finite"):
+        common.save_epoch(tmp_path, Namespace(), [{"epoch": 1, "loss": math.nan}], {}, None)
     assert os.listdir(str(tmp_path)) == []
 
 
-def test_output_that_nobody_reads_ends_quietly():
-    code = "import common; common.run_main(lambda: [print(n) for n in range(10**6)])"
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    process.stdout.readline()
-    process.stdout.close()  # as `head -n 1` does
-    assert process.stderr.read() == b"" and process.wait(timeout=60) == 1
-    process.stderr.close()
+def test_a_history_that_is_open_elsewhere_is_a_warning(tmp_path, monkeypatch):
+    def denied(*_):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(Path, "write_text", denied)
+    args = Namespace(script="x.py", checksum=0)
+    with pytest.warns(UserWarning, match="history.csv was not written: Permission denied"):
+        common.save_epoch(tmp_path, args, [{"epoch": 1}], {}, None)
+    assert (tmp_path / "last.pt").exists()
 
 
-# ---------------------------------------------------------------- Command line
+def hold(args):
+    """Enter a run folder, and write a checkpoint there."""
+    with common.run_folder(args) as folder:
+        (folder / "best.pt").write_text(args.note)
+    return folder
+
+
+@pytest.mark.parametrize("out", ["run", "run/", "link"])
+def test_an_earlier_run_is_moved_aside_and_a_link_stays_one(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    monkeypatch.setattr(common, "lock", lambda folder: None)  # it would last as long as this test
+    hold(Namespace(out=out, resume=False, note="old"))
+    assert hold(Namespace(out=out, resume=True, note="old")) == tmp_path / "run"
+    with pytest.warns(UserWarning, match=f"--out {out} held another run, which is now in ") as seen:
+        hold(Namespace(out=out, resume=False, note="new"))
+    moved = Path(str(seen[0].message).split(" now in ")[1])
+    assert (moved / "best.pt").read_text() == "old"
+    assert (tmp_path / "run" / "best.pt").read_text() == "new"
+    assert (tmp_path / "link").is_symlink()
+
+
+@pytest.mark.skipif(common.fcntl is None, reason="no file locks")
+def test_a_folder_in_use_is_refused_by_any_name_and_leaves_no_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    common.lock(tmp_path / "run")
+    with pytest.raises(common.UserError, match="another run is writing there"):
+        common.lock(tmp_path / "link")
+    assert os.listdir(str(tmp_path / "run")) == []
+
+
+@pytest.mark.skipif(common.fcntl is None, reason="no file locks")
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    def missing(*_):
+        raise OSError(38, "Function not implemented")
+    monkeypatch.setattr(common.fcntl, "flock", missing)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        common.lock(tmp_path)
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+sys.path.insert(0, {root!r})
+import common
+from argparse import Namespace
+def main():
+    with common.run_folder(Namespace(out="my run", resume=False)) as folder:
+        (folder / "last.pt").touch()
+        os.kill(os.getpid(), {signal})
+        time.sleep(9)
+common.run_main(main)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_says_how_to_continue(tmp_path, number):
+    script = tmp_path / "x.py"
+    script.write_text(INTERRUPTED.format(root=str(ROOT), signal=int(number)))
+    done = subprocess.run([sys.executable, "x.py"], cwd=str(tmp_path), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert done.stdout == "\ninterrupted; continue with: python x.py --out 'my run' --resume\n"
+
+
+PRINTING = """
+import sys
+sys.path.insert(0, {root!r})
+import common
+def main():
+    for i in range(100000):
+        print(i)
+common.run_main(main)
+"""
+
+
+def test_output_that_nobody_reads_ends_quietly(tmp_path):
+    (tmp_path / "x.py").write_text(PRINTING.format(root=str(ROOT)))
+    process = subprocess.Popen([sys.executable, str(tmp_path / "x.py")], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"0\n"
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
+def test_a_full_disk_is_one_line(tmp_path):
+    (tmp_path / "x.py").write_text(PRINTING.format(root=str(ROOT)))
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(tmp_path / "x.py")], stdout=full,
+                              stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.stderr == "x.py: error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
+def test_processes_that_torchrun_did_not_start_are_one_line(tmp_path, name):
+    (tmp_path / "x.py").write_text(PRINTING.format(root=str(ROOT)))
+    done = subprocess.run([sys.executable, str(tmp_path / "x.py")], env={**os.environ, name: "2"},
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("x.py: error: RANK or WORLD_SIZE is set, but not by torchrun: ")
+    assert len(done.stderr.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- Tables and texts
+
+
+def table(path, text):
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return common.read_table(str(path), ("text", "label"))
+
+
+@pytest.mark.parametrize("text", [
+    'text,label\n"a, b",x\nc,y\n',
+    '\ufeffLABEL , Text\r\nx,"a, b"\r\ny,c\r\n',
+    'id,text,label\n1, "a, b", x\n2,c,y\n\n',
+    '"label"\t"text"\nx\ta, b\ny\tc\n',
+    "label\ttext\n x\u00a0\t a,  b\ny\tc\n",
+])
+def test_tables_are_read_by_the_names_of_their_columns(tmp_path, text):
+    assert table(tmp_path / "t.csv", text) == [("a, b", "x"), ("c", "y")]
 
 
 @pytest.mark.parametrize("text, message", [
-    ("0", "argument --epochs: 0 is not from 1 to 1000000000"),
-    ("1.5", "argument --epochs: invalid int value: '1.5'")])
-def test_a_wrong_number_is_one_line(text, message, capsys):
-    parser = common.option_parser("x.py", "", "")
-    with pytest.raises(SystemExit) as stop:
-        parser.parse_args(["--epochs", text])
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == f"x.py: error: {message}\n"
+    ("a,x\nb,y\n", "line 1: 'text' is not in list (the first line must name the columns text and "
+                   "label)"),
+    ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; a text with a "
+                                        "comma in it needs quotation marks around it"),
+    ("text,label\na,x\nb\n", "line 3: 1 cells, but 2 in the first line"),
+    ("text,label\na,x\n , y\n", "line 3: an empty cell, or a second header"),
+    ("text,label\na,x\ntext,label\n", "line 3: an empty cell, or a second header"),
+    (b"PK\x03\x04\xff\xfe", ": not a text file in UTF-8 (but perhaps .xlsx or .gz)"),
+    ('text,label\n"a,x\n', "line 2: unexpected end of data"),
+])
+def test_a_table_that_does_not_fit_is_one_line(tmp_path, text, message):
+    with pytest.raises(common.UserError) as caught:
+        table(tmp_path / "t.csv", text)
+    assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["nan", "inf", "-1", "1e10"])
-def test_numbers_that_no_option_takes(text):
-    with pytest.raises(Exception, match=f"{text} is not from 0 to 1000000000"):
-        common.number(float, 0)(text)
+def test_composed_and_decomposed_letters_are_the_same():
+    assert common.normalize("cafe\u0301 \t\n au\u00a0lait ") == "caf\u00e9 au lait"
 
 
-def test_a_device_that_is_not_there_is_one_line():
-    with pytest.raises(common.UserError, match="^--device warp: not found by this PyTorch; try"):
-        common.select_device("warp")
+def test_equal_contents_are_in_the_same_tenth_and_groups_are_spread_evenly():
+    contents = [i % 300 for i in range(900)]
+    groups = [content % 3 for content in contents]
+    part = common.split_tenths(contents, groups, seed=0)
+    assert all(len(set(part[content::300].tolist())) == 1 for content in range(300))
+    for group in range(3):
+        counts = part[:300][torch.tensor(groups[:300]) == group].bincount(minlength=10)
+        assert counts.tolist() == [10] * 10
+    assert not part.equal(common.split_tenths(contents, groups, seed=1))
+
+
+def test_prediction_inputs_come_from_arguments_or_lines(tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    Path("reviews.txt").write_text("")
+    with pytest.warns(UserWarning, match="reviews.txt is taken as a text"):
+        assert common.prediction_inputs(["reviews.txt"]) == ["reviews.txt"]
 
 
 # ---------------------------------------------------------------- Images
 
 
-def save_image(path, size, mode="RGB", colour=0):
+def save(path, pixels, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new(mode, size, colour).save(str(path))
+    Image.fromarray(np.asarray(pixels)).save(str(path), **options)
+    return str(path)
 
 
-@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "LA"])
-@pytest.mark.parametrize("size", [(1, 1), (32, 32), (300, 40)])
-def test_images_of_any_mode_and_size_are_read(tmp_path, mode, size):
-    save_image(tmp_path / "image.png", size, mode)
-    for channels in (1, 3):
-        image = common.read_image(tmp_path / "image.png", 32, channels)
-        assert image.shape == (32, 32, channels) and image.dtype == np.uint8
+def test_an_image_is_fitted_and_cropped_about_its_center(tmp_path):
+    pixels = np.zeros((20, 40, 3), np.uint8)
+    pixels[:, 10:30] = 255
+    image = common.read_image(save(tmp_path / "a.png", pixels), 8, 3)
+    assert image.shape == (8, 8, 3) and image.min() > 200
+    assert common.read_image(str(tmp_path / "a.png"), 8, 1).shape == (8, 8, 1)
 
 
-def test_images_of_16_bits_keep_their_range(tmp_path):
-    values = np.array([[0, 25600], [30000, 65535]], np.uint16)
-    Image.fromarray(values).save(str(tmp_path / "deep.png"))
-    image = common.read_image(tmp_path / "deep.png", 2, 1)
-    assert image[..., 0].tolist() == [[0, 100], [117, 255]]
+def test_transparent_pixels_become_white(tmp_path):
+    ink = np.zeros((8, 8, 4), np.uint8)
+    ink[2:6, 2:6, 3] = 255
+    for kind in ("RGBA", "LA", "P"):
+        path = tmp_path / f"{kind}.png"
+        Image.fromarray(ink).convert(kind).save(str(path), **(
+            {"transparency": 255} if kind == "P" else {}))
+        image = common.read_image(str(path), 8, 3)
+        if kind != "P":
+            assert image[0, 0].tolist() == [255, 255, 255] and image[4, 4].tolist() == [0, 0, 0]
 
 
-def test_an_image_is_cropped_about_its_centre(tmp_path):
-    wide = np.zeros((10, 30, 3), np.uint8)
-    wide[:, 10:20] = 200
-    Image.fromarray(wide).save(str(tmp_path / "wide.png"))
-    assert (common.read_image(tmp_path / "wide.png", 10, 3) == 200).all()
+@pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
+def test_many_bits_are_scaled_by_their_own_range(tmp_path, kind):
+    ramp = np.linspace(1000, 30000, 64).reshape(8, 8).astype(kind)
+    with pytest.warns(UserWarning, match="images of more than 8 bits are scaled"):
+        image = common.read_image(save(tmp_path / "a.tiff", ramp), 8, 1).squeeze()
+    assert image.min() == 0 and image.max() == 255
+    assert (np.diff(image.flatten().astype(int)) >= 0).all()
 
 
-def test_a_folder_of_classes_is_read_and_bad_files_are_named(tmp_path, capsys):
-    for part, count in (("train", 3), ("test", 2)):
-        for i, name in enumerate(("cat", "dog")):
-            for n in range(count):
-                save_image(tmp_path / part / name / f"{n}.png", (40, 30), colour=(i * 100, n, 0))
-    (tmp_path / "train" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8 not an image")
-    parts, classes = common.load_image_folder(str(tmp_path), 32, 3)
-    assert classes == ["cat", "dog"] and set(parts) == {"train", "test"}
-    images, labels = parts["train"]
-    assert images.shape == (6, 32, 32, 3) and images.dtype == torch.uint8
-    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert images[:, 0, 0].tolist() == [[100 * i, n, 0] for i in (0, 1) for n in range(3)]
-    assert capsys.readouterr().err == (
-        f"warning: skipped 1 files: {tmp_path}/train/cat/broken.jpg: "
-        "not an image that can be read\n")
+def test_a_large_photograph_is_read_like_its_pixels(tmp_path):
+    y, x = np.mgrid[:1200, :1600]
+    pixels = np.stack([x // 7, y // 5, (x + y) // 11], -1).astype(np.uint8)
+    path = save(tmp_path / "a.jpg", pixels, quality=95)
+    expected = Image.open(path).convert("RGB").crop((200, 0, 1400, 1200))
+    expected = np.asarray(expected.resize((32, 32), Image.BICUBIC)).astype(int)
+    assert abs(common.read_image(path, 32, 3) - expected).mean() < 4
 
 
-def test_folders_that_cannot_be_trained_on_are_one_line(tmp_path):
-    def message():
-        with pytest.raises(common.UserError) as error:
-            common.load_image_folder(str(tmp_path / "set"), 32, 3)
-        return str(error.value)
-    folder = f"--data {tmp_path}/set: "
-    assert message() == folder + "neither a folder nor the name of a data set"
-    (tmp_path / "set" / "cat").mkdir(parents=True)
-    assert message() == folder + (f"{tmp_path}/set needs a sub-folder of images for each of at "
-                                  "least two classes, and has 1")
-    save_image(tmp_path / "set" / "dog" / "0.png", (5, 5))
-    assert message() == folder + f"no readable image in {tmp_path}/set/cat"
+def test_a_broken_exif_record_costs_the_orientation_alone(tmp_path):
+    path = save(tmp_path / "a.jpg", np.full((8, 8, 3), 90, np.uint8), exif=b"Exif\0\0MM\0*broken")
+    assert common.read_image(path, 8, 3).shape == (8, 8, 3)
 
 
-def test_a_split_is_fixed_by_its_seed_and_keeps_the_classes_even():
-    labels = torch.tensor([0] * 50 + [1] * 30 + [2] * 2 + [3])
-    kept, held = common.split_indices(labels, 0.1, seed=5)
-    assert sorted(kept.tolist() + held.tolist()) == list(range(83))
-    assert labels[held].bincount(minlength=4).tolist() == [5, 3, 1, 0]
-    assert held.tolist() == common.split_indices(labels, 0.1, seed=5)[1].tolist()
-    assert held.tolist() != common.split_indices(labels, 0.1, seed=6)[1].tolist()
+def test_files_that_are_no_images_are_named_and_skipped(tmp_path):
+    good = save(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
+    for name in ("b.heic", "c.png"):
+        (tmp_path / name).write_bytes(b"nothing")
+    (tmp_path / "d.png").symlink_to("gone.png")
+    paths = common.image_files(str(tmp_path))
+    assert len(paths) == 4
+    with pytest.warns(UserWarning) as seen:
+        images, kept = common.read_images(paths, 8, 3)
+    assert len(images) == 1 and paths[kept[0]] == good
+    messages = "\n".join(str(warning.message) for warning in seen)
+    assert "b.heic: damaged, or in a format that Pillow lacks" in messages
+    assert "d.png" in messages and "3 of 4 files cannot be read" in messages
 
 
-def test_a_server_that_refuses_or_hangs_is_given_up():
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        url = "http://127.0.0.1:{}/".format(server.getsockname()[1])
-        with pytest.raises(OSError, match="URLError.*Connection refused"):
-            common.require_answer(url, seconds=20)
-        server.listen(1)  # connects, and never answers
-        with pytest.raises(OSError, match="no answer in 2 seconds"):
-            common.require_answer(url, seconds=2)
+def test_hidden_files_are_left_out_links_followed_and_loops_not(tmp_path):
+    for name in ("a/1.png", "a/.ipynb_checkpoints/1.png", "__MACOSX/a/._1.png", "a/@eaDir/1.png",
+                 "a/Thumbs.db", "a/.DS_Store", "b/2.png"):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).write_bytes(b"")
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "3.png").write_bytes(b"")
+    (tmp_path / "photos" / "c").symlink_to(str(tmp_path / "more"))
+    (tmp_path / "photos" / "a" / "loop").symlink_to(str(tmp_path / "photos"))
+    files = common.image_files(str(tmp_path / "photos"))
+    assert sorted(Path(file).name for file in files) == ["1.png", "2.png", "3.png"]
+
+
+def test_images_that_do_not_fit_into_memory_are_one_line():
+    with pytest.raises(common.UserError, match=r"99,999 images of 30000 x 30000 pixels take .* GB"):
+        common.read_images(["x"] * 99999, 30000, 3)
+
+
+def test_no_image_is_in_two_sets():
+    images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).repeat(2, 2, 2, 3)
+    labels = torch.arange(120) % 2
+    sets = {"train": (images, labels)}
+    common.complete_sets(sets, seed=0)
+    values = {use: set(images[:, 0, 0, 0].tolist()) for use, (images, _) in sets.items()}
+    assert sorted(sum(map(list, values.values()), [])) == list(range(60))
+    assert len(values["test"]) == len(values["val"]) == 6
+    given = {"train": (images[:60], labels[:60]), "test": (images[50:70], labels[50:70])}
+    common.complete_sets(given, seed=0)
+    assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40
+
+
+def test_what_is_written_must_be_apart_from_the_data(tmp_path):
+    for data, out in (("photos", "photos"), ("photos", "photos/runs"), ("runs/photos", "runs")):
+        with pytest.raises(common.UserError, match="must be apart"):
+            common.keep_apart(data, out)
+    common.keep_apart("photos", "runs")
