@@ -28,22 +28,22 @@ import common
 
 
 class ImageSet(NamedTuple):
-    """A training, validation or test set, whole in memory."""
+    """The images and labels of one set, held in memory."""
 
     images: Tensor  # uint8 (N, size, size, 3)
     labels: Tensor  # int64 (N,)
 
 
 class Dataset(NamedTuple):
-    name: str  # the data set really used, as logs and plots call it
+    name: str  # of the data set, for logs and plots
     classes: list
     train: ImageSet
     validation: ImageSet
     test: ImageSet
 
 
-# Each shape is a star, by the number of its tips and the distance of its notches from the center,
-# where tips are at distance 1. A polygon is a star with shallow notches.
+# Each shape is a star: the number of its tips, and the distance of its notches from the center,
+# where the tips are at distance 1. A polygon is a star with shallow notches.
 SHAPES = {
     "triangle": (3, 0.5),
     "square": (4, 0.71),
@@ -59,7 +59,7 @@ SHAPES = {
 
 
 def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
-    """Draw `count` images of the SHAPES, with random place, rotation, size, colors and noise."""
+    """Draw `count` images of the SHAPES, with random position, rotation, size, colors and noise."""
     from PIL import Image, ImageDraw
     rng = np.random.default_rng(seed)
     images = np.empty((count, size, size, 3), np.uint8)
@@ -78,12 +78,13 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
         color = tuple(rng.integers(100, 256, 3))
         ImageDraw.Draw(canvas).polygon(list(large * corners.T.ravel()), fill=color)
         noise = rng.normal(0, rng.uniform(5, 40), image.shape)
+        # `image` is a view: this writes into `images`.
         reduced = np.asarray(canvas.resize((size, size), Image.BOX))
         image[:] = np.clip(reduced + noise, 0, 255)
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
 
 
-# Folders with these names, in any case, are the sets of a data set that is split already.
+# Folder names, in lower case, of a data set that is already split.
 SET_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LOOKS_LIKE_A_SET = r"(train|test|val|valid|validation)(ing)?[-_ ]*(set|data|images|split)?"
 
@@ -106,7 +107,7 @@ def find_sets(root: Path) -> dict:
             sets[SET_NAMES[name.lower()]] = path
         elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
             raise common.UserError(f"--data {root}: rename {name} to train, val or test")
-    # A single one among others is a class: vehicles/bus, vehicles/car, vehicles/train.
+    # A lone folder called train beside other folders is a class: vehicles/bus, vehicles/train.
     if "train" in sets and (len(sets) > 1 or len(folders) == 1):
         return sets
     return {"train": root}
@@ -124,37 +125,38 @@ def load_image_folder(args: Namespace) -> tuple:
     common.keep_apart(args.data, args.out)
     folders = find_sets(root)
     classes = list(subfolders(folders["train"]))
+    if len(classes) < 2:
+        raise common.UserError(f"--data {root}: {folders['train']} has {len(classes)} class "
+                               "folders; at least two are needed")
     sets = {}
-    for use, folder in folders.items():
-        if len(classes) < 2:
-            raise common.UserError(f"--data {root}: {folder} has {len(classes)} folders of images; "
-                                   "one is needed for each of at least two classes")
+    for name, folder in folders.items():
         difference = set(classes) ^ set(subfolders(folder))
         if difference:
-            raise common.UserError(f"--data {root}: {folder} and {folders['train']} have not the "
-                                   f"same classes; they differ in {', '.join(sorted(difference))}")
-        paths, labels = [], []
+            raise common.UserError(f"--data {root}: {folder} and {folders['train']} do not have "
+                                   f"the same classes: {', '.join(sorted(difference))}")
+        files = []  # (path, label)
         for label, path in enumerate(subfolders(folder).values()):
-            files = common.image_files(str(path))
-            paths += files
-            labels += [label] * len(files)
-        order = np.random.default_rng(args.seed).permutation(len(paths))
-        if use == "train":
+            files += [(file, label) for file in common.image_files(str(path))]
+        order = np.random.default_rng(args.seed).permutation(len(files))
+        if name == "train":
             order = order[:args.limit]
-        images, kept = common.read_images([paths[i] for i in order], args.size, 3)
-        sets[use] = images, torch.tensor(labels)[order[kept]]
+        files = [files[i] for i in order]
+        images, kept = common.read_images([path for path, _ in files], args.size, 3)
+        sets[name] = images, torch.tensor([files[i][1] for i in kept])
     return sets, classes
 
 
 def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names; `auto` falls back to synthetic shapes and says why."""
-    name, classes = args.data, list(SHAPES)
-    if name in ("auto", "cifar10"):
+    name = "cifar10" if args.data == "auto" else args.data
+    classes = list(SHAPES)
+    if name == "cifar10":
+        if args.size != 32:
+            raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
         try:
             sets, classes = common.load_torchvision("CIFAR10", args.data_dir)
-            name = "cifar10"
         except common.UserError as error:
-            if name == "cifar10":
+            if args.data != "auto":
                 raise
             common.warn(f"{error}; training on synthetic shapes instead")
             name = "synthetic"
@@ -162,19 +164,16 @@ def load_data(args: Namespace) -> Dataset:
         count, size = args.synthetic_size, args.size
         sets = {"train": synthetic_shapes(count, size, args.seed),
                 "test": synthetic_shapes(count // 5, size, args.seed + 10**9)}
-    elif name == "cifar10":
-        if args.size != 32:
-            raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
-        sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
-    else:
+    elif name != "cifar10":
         sets, classes = load_image_folder(args)
+    sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
     common.complete_sets(sets, args.seed)
-    train, validation, test = (ImageSet(*sets[use]) for use in ("train", "val", "test"))
+    train, validation, test = (ImageSet(*sets[key]) for key in ("train", "val", "test"))
     return Dataset(name, classes, train, validation, test)
 
 
 def describe_classes(data: Dataset) -> None:
-    """Print the number of training images of each class; warn of a class that shows nothing."""
+    """Print the number of training images of each class; warn of classes that show nothing."""
     counts = []
     for label, name in enumerate(data.classes):
         images = data.train.images[data.train.labels == label]
@@ -189,23 +188,23 @@ def describe_classes(data: Dataset) -> None:
 
 
 def reflect(positions: Tensor, length: int) -> Tensor:
-    """Pixel positions beyond an edge, folded back inside: -2, -1, 0, 1 -> 2, 1, 0, 1."""
+    """Reflect positions beyond an edge back inside, by less than a length: -2, -1, 0 -> 2, 1, 0."""
     last = length - 1
     return last - (last - positions.abs()).abs()
 
 
-def random_crop_flip(images: Tensor, indices: Tensor, padding: int, flip: bool) -> Tensor:
-    """Pick images, shift each by up to `padding` pixels, and flip half of them left to right.
+def random_crop_flip(images: Tensor, indices: Tensor, max_shift: int, flip: bool) -> Tensor:
+    """Pick images, shift each by up to `max_shift` pixels, and flip half of them left to right.
 
-    Pixels shifted in from outside are reflected (reflection padding). One gather does all of it:
-    rows and columns are the positions that each output pixel comes from.
+    Pixels shifted in are reflected (reflection padding). One indexing operation does all of it:
+    `rows` and `columns` are the positions that the output pixels come from.
 
     images: uint8 (N, H, W, C); indices: int64 (B,). Returns uint8 (B, H, W, C).
     """
     batch = len(indices)
     height, width = images.shape[1:3]
     device = images.device
-    shift = torch.randint(-padding, padding + 1, (2, batch, 1), device=device)
+    shift = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), device=device)
     rows = reflect(torch.arange(height, device=device) + shift[0], height)  # (B, H)
     columns = reflect(torch.arange(width, device=device) + shift[1], width)  # (B, W)
     if flip:
@@ -225,7 +224,7 @@ def conv_block(inputs: int, outputs: int, convs: int, batch_norm: bool) -> nn.Se
     """
     layers = []
     for _ in range(convs):
-        # Batch norm has a shift of its own, so the convolution before it needs no bias.
+        # Batch norm adds a bias of its own, so the convolution needs none.
         layers.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=not batch_norm))
         if batch_norm:
             layers.append(nn.BatchNorm2d(outputs))
@@ -240,8 +239,8 @@ class CNN(nn.Module):
     images: uint8 (N, size, size, 3), pixels 0 to 255 -> logits: float (N, classes).
 
     size: a multiple of 8; widths: channels of the blocks; convs: convolutions in each block;
-    hidden: width of the fully connected layer; dropout: probability of dropping one of its units;
-    mean, std: of each color channel in the training set, where full brightness is 1.
+    hidden: width of the fully connected layer; dropout: dropout probability before the last layer;
+    mean, std: of each color channel in the training set, for pixels from 0 to 1.
     """
 
     def __init__(self, classes: int = 10, size: int = 32,
@@ -250,7 +249,7 @@ class CNN(nn.Module):
                  mean: Sequence[float] = (0.5, 0.5, 0.5),
                  std: Sequence[float] = (0.25, 0.25, 0.25)):
         super().__init__()
-        # In units of pixels, and shaped to broadcast over (N, 3, size, size).
+        # Scaled to pixels from 0 to 255; the shape broadcasts over (N, 3, size, size).
         self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
         self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
         # Sizes for images of 32 x 32 pixels and the default widths.
@@ -274,7 +273,7 @@ class CNN(nn.Module):
                     nn.init.zeros_(module.bias)
         # At first every class is equally likely, and the loss is log(classes).
         nn.init.zeros_(self.classifier[-1].weight)
-        # Channels last is the memory format in which convolutions are fastest.
+        # Convolutions are fastest in this memory format, in which the images arrive already.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -288,8 +287,9 @@ class CNN(nn.Module):
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy with label smoothing (Szegedy et al., 2016): the label's target is
-    1 - smoothing, and `smoothing` is spread evenly over all classes.
+    """Return the mean cross-entropy with label smoothing (Szegedy et al., 2016).
+
+    The target of each image is (1 - smoothing) * one_hot(label) + smoothing / classes.
 
     logits: float (N, classes); labels: int64 (N,).
     """
@@ -300,15 +300,15 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def score(row: dict) -> tuple:
-    """What the best epoch has most of: validation accuracy; of equal ones, the lower loss."""
+    """Return what epochs are compared by: validation accuracy, then the lower validation loss."""
     return row["validation_accuracy"], -row["validation_loss"]
 
 
 def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
     torch.manual_seed(args.seed)
-    sample = data.train.images[::10]
-    pixels = sample.reshape(-1, 3).float() / 255  # the colors of a tenth of the images
+    sample = data.train.images[::10]  # every tenth image is enough for mean and std
+    pixels = sample.reshape(-1, 3).float() / 255  # (N, 3)
     options = {
         "classes": len(data.classes), "size": args.size, "widths": args.widths,
         "convs": args.convs, "hidden": args.hidden, "dropout": args.dropout,
@@ -317,10 +317,10 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         "std": pixels.std(0).clamp(min=1e-3).tolist()}
     flip = not args.no_flip
     model = CNN(**options).to(device)
-    # The whole training set lives on the device: a batch is then one indexing operation.
+    # The training set is kept on the device, so a batch is one indexing operation.
     images = data.train.images.to(device)
     labels = data.train.labels.to(device)
-    # The learning rate changes at each step, so the scheduler needs the steps of an epoch.
+    # The scheduler needs the number of steps in an epoch.
     steps = len(common.shuffled_batches(len(labels), args.batch_size, args.seed))
     optimizer = torch.optim.SGD(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                 momentum=0.9, nesterov=True)
@@ -339,11 +339,11 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             # The batch, augmented on the device.
             inputs = random_crop_flip(images, indices, args.crop, flip)
             targets = labels[indices]
-            # Forward pass and loss; the loss in float32 whatever the precision of the model.
+            # Forward pass; the loss is always computed in float32.
             with autocast:
                 logits = ddp_model(inputs)
             loss = cross_entropy(logits.float(), targets, args.label_smoothing)
-            # Backward pass, and a step along the gradient.
+            # Backward pass, and a step against the gradient.
             optimizer.zero_grad()
             loss.backward()
             norm = common.clip_gradients(model, args.clip)
@@ -353,7 +353,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             means.update(train_loss=loss, train_accuracy=accuracy, gradient_norm=norm,
                          clipped=norm > args.clip)
 
-        # Early stopping and the choice of the best epoch look at the validation set alone.
+        # Early stopping and the choice of the best epoch use only the validation set.
         validation = common.on_first(measure, model, data.validation, flip, device)
         row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **means.compute(),
                "validation_loss": validation["loss"],
@@ -376,12 +376,12 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 @torch.no_grad()
 def predict_logits(model: CNN, images: Tensor, flip: bool, device: torch.device) -> Tensor:
-    """Logits, float (N, classes) on the CPU, of uint8 images (N, size, size, 3).
+    """Return the logits, float (N, classes) on the CPU, of uint8 images (N, size, size, 3).
 
     With `flip`, the mean of the logits of each image and of its flipped copy (test-time flip
     augmentation): a model that has been trained on both is more accurate on the two together.
     """
-    model.eval()  # batch norm by its running statistics, no dropout
+    model.eval()  # batch norm uses its running statistics; no dropout
     logits = []
     for batch in images.split(500):
         batch = batch.to(device)
@@ -393,22 +393,23 @@ def predict_logits(model: CNN, images: Tensor, flip: bool, device: torch.device)
 
 
 def measure(model: CNN, images: ImageSet, flip: bool, device: torch.device) -> dict:
-    """Loss and accuracy on a set of images."""
+    """Return the loss and the accuracy on a set of images."""
     logits = predict_logits(model, images.images, flip, device)
     accuracy = (logits.argmax(1) == images.labels).double().mean()
     return {"loss": cross_entropy(logits, images.labels).item(), "accuracy": accuracy.item()}
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Expected calibration error: the mean gap of confidence and accuracy. Guo et al., 2017.
+    """Return the expected calibration error: the mean difference between confidence and accuracy
+    over `bins` bins. Guo et al., 2017.
 
     logits: float (N, classes); labels: int64 (N,).
     """
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     gaps = (predicted == labels).double() - confidence.double()
     bin_of_each = (confidence * bins).long().clamp(max=bins - 1)
-    gap_of_bins = torch.zeros(bins).double().index_add(0, bin_of_each, gaps)
-    return (gap_of_bins.abs().sum() / len(labels)).item()
+    sums = torch.zeros(bins).double().index_add(0, bin_of_each, gaps)  # a sum for each bin
+    return (sums.abs().sum() / len(labels)).item()
 
 
 def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
@@ -440,13 +441,13 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
 
 def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
                    title: str) -> None:
-    """The confusion matrix: a row for each true class, a column for each predicted one."""
+    """Plot the confusion matrix: a row for each true class, a column for each predicted class."""
     count = len(classes)
     # Each pair (true, predicted) is one number, so that bincount() counts them all at once.
     confusion = (labels * count + predicted).bincount(minlength=count**2)
     confusion = confusion.view(count, count)
     fraction = confusion.float() / confusion.sum(1, keepdim=True).clamp(min=1)
-    inches = 3 + 0.42 * count
+    inches = 3 + 0.42 * min(count, 50)
     figure, axes = common.new_figure(1, 1, (inches + 1, inches), title)
     axis = axes[0, 0]
     colors = axis.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
@@ -459,17 +460,15 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
     axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
     # With more classes there is no room for numbers.
     if count <= 20:
-        for row in range(count):
-            for column in range(count):
-                color = "white" if fraction[row, column] > 0.5 else "black"
-                axis.text(column, row, int(confusion[row, column]), color=color, fontsize=8,
-                          ha="center", va="center")
+        for (row, column), images in np.ndenumerate(confusion.numpy()):
+            color = "white" if fraction[row, column] > 0.5 else "black"
+            axis.text(column, row, images, color=color, fontsize=8, ha="center", va="center")
     common.save_figure(path, figure)
 
 
 def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> None:
-    """Two rows of correctly classified test images, and two of misclassified ones: in each case
-    first the most confident predictions, then a sample of all.
+    """Plot two rows of correctly classified test images, and two rows of misclassified ones: first
+    the most confident predictions, then a sample of the others.
     """
     columns = 8
     confidence, predicted = F.softmax(logits, dim=1).max(1)
@@ -480,9 +479,9 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     for rows, mask, color in ((axes[:2], correct, "green"), (axes[2:], ~correct, "red")):
         order = confidence[mask].argsort(descending=True)
         chosen = torch.where(mask)[0][order]  # indices of images, most confident first
-        step = len(chosen) // columns + 1
-        shown = [*chosen[:columns], *chosen[columns::step]]
-        for axis, i in zip(rows.flat, shown):
+        best, others = chosen[:columns], chosen[columns:]
+        sample = others[::len(others) // columns + 1]
+        for axis, i in zip(rows.flat, [*best, *sample]):
             axis.imshow(data.test.images[i])
             text = f"{data.classes[predicted[i]]} {confidence[i]:.0%}"
             if not correct[i]:
@@ -492,7 +491,7 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
 
 
 def load_model(path: Path, device: torch.device) -> tuple[CNN, dict]:
-    """The model saved in a best.pt, and the checkpoint itself."""
+    """Load a model, and the checkpoint that it is in."""
     checkpoint = common.load_checkpoint(path, "cnn.py")
     model = CNN(**checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
@@ -502,14 +501,12 @@ def load_model(path: Path, device: torch.device) -> tuple[CNN, dict]:
 def predict(args: Namespace, device: torch.device) -> None:
     """Print `file <tab> class <tab> probability` for each file of --predict."""
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    files = common.prediction_inputs(args.predict, files=True)
     size = checkpoint["options"]["size"]
-    images = [common.read_image(file, size, 3) for file in files]
-    images = torch.from_numpy(np.stack(images))  # (N, size, size, 3)
-    logits = predict_logits(model, images, checkpoint["flip"], device)
-    probabilities, labels = F.softmax(logits, dim=1).max(1)
-    for file, label, probability in zip(files, labels.tolist(), probabilities.tolist()):
-        print(f"{file}\t{checkpoint['classes'][label]}\t{probability:.4f}")
+    for file in common.prediction_inputs(args.predict, files=True):
+        image = torch.from_numpy(common.read_image(file, size, 3))[None]  # (1, size, size, 3)
+        logits = predict_logits(model, image, checkpoint["flip"], device)
+        probability, label = F.softmax(logits, dim=1).max(1)
+        print(f"{file}\t{checkpoint['classes'][label]}\t{probability.item():.4f}")
 
 
 # ---------------------------------------------------------------- Command line
@@ -522,8 +519,9 @@ def build_parser() -> common.ArgumentParser:
     add = parser.add_argument_group("options of the CNN").add_argument
     add("--data", default="auto", help="auto, cifar10, synthetic, or a folder of class folders")
     add("--size", type=common.number(int, 8, 1024), default=32, help="images are SIZE x SIZE")
-    add("--limit", type=count, help="use only the first LIMIT images of the training set")
-    add("--synthetic-size", type=common.number(int, 100), default=12000, help="synthetic images")
+    add("--limit", type=count, help="use only LIMIT training images")
+    add("--synthetic-size", type=common.number(int, 100), default=12000,
+        help="synthetic training images")
     add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of the blocks")
     add("--convs", type=count, default=1, help="convolutions in each block")
     add("--hidden", type=count, default=256, help="width of the fully connected layer")
@@ -531,21 +529,21 @@ def build_parser() -> common.ArgumentParser:
     add("--label-smoothing", type=fraction, default=0.1, help="label smoothing")
     add("--crop", type=common.number(int, 0, 7), default=3, help="largest random shift, in pixels")
     add("--no-flip", action="store_true", help="do not flip images (for digits or text)")
-    add("--no-batch-norm", action="store_true", help="leave batch norm out")
+    add("--no-batch-norm", action="store_true", help="do not use batch norm")
     add("--predict", nargs="+", metavar="FILE", help="classify images with best.pt; - reads stdin")
     return parser
 
 
 def main() -> None:
     args = common.parse_options(build_parser())
-    if args.size % 8:  # three poolings halve it three times
+    if args.size % 8:  # each of three poolings halves it
         raise common.UserError("--size must be a multiple of 8")
     device = common.select_device(args.device)
     if args.predict:
         predict(args, device)
         return
     data = load_data(args)
-    args.data = data.name  # what --resume loads, even if --data was auto
+    args.data = data.name  # so that --resume loads the same data set even if --data was auto
     args.checksum = zlib.crc32(data.train.images.numpy())
     sizes = [len(images) for images, _ in (data.train, data.validation, data.test)]
     common.describe_sets(data.name, device, *sizes)

@@ -1,4 +1,4 @@
-"""What the four scripts share: options, device, schedule, checkpoints, plots and reading files.
+"""Code shared by the four scripts: options, device, schedule, checkpoints, plots, reading files.
 
 Nothing here knows any of the models. torchvision, Pillow and Matplotlib are imported where they
 are used, so that `--help` is quick and synthetic data needs none of them.
@@ -33,11 +33,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows has no file locks of this kind
-    fcntl = None
-
 # ---------------------------------------------------------------- Start and end of a run
 
 
@@ -51,37 +46,40 @@ def run_main(main: Callable) -> None:
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     warnings.filterwarnings("ignore", module=r"torch\b")
     try:
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         start_processes()
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         main()
         sys.stdout.flush()
     except (UserError, OSError) as error:
-        # If the disk is full, or the reader of our output gone, nothing more can be printed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if not isinstance(error, BrokenPipeError):
             message = " ".join(str(error).split())
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+        # If the disk is full, or the reader of our output gone, discard what is left of it.
+        try:
+            sys.stdout.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def warn(message: str) -> None:
-    """Print a warning, once, in the first process."""
+    """Print a warning in the first process, the same one only once."""
     if RANK == 0:
         warnings.warn(message)
 
 
 # ---------------------------------------------------------------- Several processes (torchrun)
 
-# torchrun starts WORLD processes and tells each its number, and its number on its machine.
+# Set by torchrun: the number of this process, its number on this machine, and how many there are.
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_processes() -> None:
-    """Connect the processes that torchrun started; the first one alone prints."""
+    """Initialize the process group if there are several processes. Only the first one prints."""
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     if RANK > 0 or WORLD > 1:
@@ -92,8 +90,8 @@ def start_processes() -> None:
 
 
 def data_parallel(model: nn.Module, args: Namespace, device: torch.device) -> nn.Module:
-    """The model to call in training: with --compile a compiled one, and with several processes one
-    whose backward pass averages the gradients over all of them.
+    """Return the model to call in training: compiled with --compile, and wrapped to average the
+    gradients if there are several processes.
     """
     if args.compile:
         model = torch.compile(model)
@@ -105,7 +103,7 @@ def data_parallel(model: nn.Module, args: Namespace, device: torch.device) -> nn
 
 
 def on_first(function: Callable, *arguments: Any) -> Any:
-    """Call a function in the first process alone; all processes get what it returns."""
+    """Call a function in the first process only; return its result in all of them."""
     result = [function(*arguments) if RANK == 0 else None]
     if WORLD > 1:
         dist.broadcast_object_list(result, src=0)
@@ -113,13 +111,13 @@ def on_first(function: Callable, *arguments: Any) -> Any:
 
 
 def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
-    """Indices 0 ... count - 1 in random order: int64 (steps, batch size), this process's columns.
+    """Return the indices 0 to count - 1 in random order, as batches: int64 (steps, batch_size).
 
-    Every batch is full: the indices left over at the end of the order are not used in this epoch.
+    The last, incomplete batch is dropped. With several processes, each has its own columns.
     """
     batch_size = min(batch_size, count) // WORLD * WORLD
     if batch_size < 2 * WORLD:  # batch norm needs two examples
-        raise UserError(f"--batch-size: each of {WORLD} processes needs at least 2 examples a step")
+        raise UserError(f"--batch-size: a step needs at least {2 * WORLD} training examples")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
     steps = count // batch_size
     return order[:steps * batch_size].view(steps, batch_size)[:, RANK::WORLD]
@@ -129,17 +127,20 @@ def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
 
 VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
 HAS_AUTOCAST = VERSION >= (1, 10)
-# torch.load() that runs no code from the file; that of 1.13 does not accept floats.
+# With weights_only, torch.load() runs no code from the file; in 1.13 it rejects floats.
 SAFE_LOADING = {"weights_only": True} if VERSION >= (2, 0) else {}
-# AdamW in one pass over all parameters; before 2.4 on CUDA alone.
-FUSED = {"fused": True} if VERSION >= (2, 4) else {}
+# AdamW in one pass over all parameters; in earlier versions it is for CUDA only.
+FUSED = {"fused": True} if VERSION >= (2, 5) else {}
 # Whether the CPU has instructions for bfloat16; old versions of PyTorch cannot tell.
-CPU_CAN = getattr(getattr(torch, "cpu", None), "get_capabilities", dict)()
-CPU_HAS_BFLOAT16 = CPU_CAN.get("avx512_bf16", False) or CPU_CAN.get("amx_bf16", False)
+try:
+    CPU_CAN = torch.cpu.get_capabilities()
+except AttributeError:
+    CPU_CAN = {}
+CPU_HAS_BFLOAT16 = CPU_CAN.get("avx512_bf16") or CPU_CAN.get("amx_bf16")
 
 
 def select_device(name: str) -> torch.device:
-    """The device called `name`; `auto` is CUDA if it is there, else the CPU."""
+    """Return the device called `name`; `auto` is CUDA if it is available, otherwise the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -155,24 +156,25 @@ def select_device(name: str) -> torch.device:
 
 
 def autocast(precision: str, device: torch.device, large: bool = True) -> Any:
-    """The context of a forward pass. `auto` is bfloat16 where the device is fast at it, and float32
-    elsewhere; on a CPU, matrices that are not `large` are faster in float32.
+    """Return the autocast context of a forward pass. `auto` is bfloat16 where the device is fast at
+    it, otherwise float32. `large`: whether matrices are large enough to gain from it on a CPU.
     """
     if precision == "auto":
-        fast = CPU_HAS_BFLOAT16 and large
         if device.type == "cuda":
             fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            fast = device.type == "cpu" and CPU_HAS_BFLOAT16 and large
         precision = "bfloat16" if fast and HAS_AUTOCAST else "float32"
     if precision == "float32":
         return contextlib.nullcontext()
-    if not HAS_AUTOCAST:
-        raise UserError("--precision bfloat16 needs PyTorch 1.10; use --precision float32")
+    if not HAS_AUTOCAST or device.type == "mps":
+        raise UserError("--precision bfloat16 needs PyTorch 1.10, and a CPU or CUDA; use float32")
     return torch.autocast(device.type, torch.bfloat16)
 
 
 # ---------------------------------------------------------------- Command line
 
-# What may differ when a run is resumed. All other options are those that the run began with.
+# Options that may change when a run is resumed; all others keep the values it began with.
 RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "device", "precision",
              "compile", "resume"}
 
@@ -191,15 +193,15 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable:
     def parse(text):
         if low <= kind(text) <= high:
             return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
     parse.__name__ = kind.__name__  # argparse prints it: "invalid int value"
     return parse
 
 
 def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     """A parser with the options that all scripts have, and this script's defaults for them."""
-    parser = ArgumentParser(script, f"python {script} [options]", doc, allow_abbrev=False,
-                            formatter_class=HelpFormatter)
+    parser = ArgumentParser(prog=script, usage=f"python {script} [options]", description=doc,
+                            allow_abbrev=False, formatter_class=HelpFormatter)
     count, positive = number(int, 1), number(float, 1e-9, math.inf)
     add = parser.add_argument_group("options that all four scripts have").add_argument
     add("--data-dir", default="data", help="where downloaded data sets are kept")
@@ -207,17 +209,19 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     add("--epochs", type=count, help="passes over the training set, at most")
     add("--batch-size", type=number(int, 2), help="examples in a training step")
     add("--lr", type=positive, help="peak learning rate")
-    add("--warmup", type=number(float, 0, 0.9), help="fraction of training with a rising rate")
-    add("--weight-decay", type=number(float, 0), help="weight decay; biases have none")
+    add("--warmup", type=number(float, 0, 0.9), help="fraction of training used for warm-up")
+    add("--weight-decay", type=number(float, 0), help="weight decay of weight matrices")
     add("--clip", type=positive, help="maximum norm of the gradient; inf for no clipping")
     add("--patience", type=count, help="epochs without improvement before early stopping")
     add("--seed", type=number(int, 0), default=0, help="random seed")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="of the forward pass")
-    add("--compile", action="store_true", help="use torch.compile (PyTorch 2)")
+        help="precision of the forward pass")
+    if hasattr(torch, "compile"):
+        add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
-    parser.set_defaults(script=script, **defaults)
+    # Checkpoints are in --out itself; rnn.py has folders in it.
+    parser.set_defaults(**{"script": script, "subfolder": ".", "compile": False, **defaults})
     return parser
 
 
@@ -229,18 +233,19 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    # rnn.py has a checkpoint for each cell and task, all with the same options.
-    path = next(Path(args.out).rglob("last.pt"), Path(args.out, "last.pt"))
+    checkpoints = sorted(Path(args.out).glob(f"{args.subfolder}/last.pt"))
+    path = checkpoints[0] if checkpoints else Path(args.out, "last.pt")
     saved = load_checkpoint(path, args.script)["options"]
-    parser.set_defaults(**{**saved, "out": args.out})
+    parser.set_defaults(**saved)
+    parser.set_defaults(out=args.out)  # the folder may have been renamed
     args = parser.parse_args()
-    for name in saved.keys() - RESUMABLE:
+    for name in sorted(saved.keys() - RESUMABLE):
         if getattr(args, name) != saved[name]:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: the run in {args.out} was started with {saved[name]}; leave "
                             f"{flag} out, or start a new run in another --out")
     if args.epochs != saved["epochs"]:
-        warn("with another --epochs the schedule has another length: the learning rate jumps")
+        warn("another --epochs changes the length of the schedule, so the learning rate jumps")
     return args
 
 
@@ -248,15 +253,17 @@ def parse_options(parser: ArgumentParser) -> Namespace:
 
 
 def lock(folder: Path) -> None:
-    """Raise UserError if another run holds the folder. The lock ends with this process."""
-    if fcntl is None:
-        return
+    """Lock a folder until this process ends. Raises UserError if another run has locked it."""
     try:
+        import fcntl  # not on Windows
         fcntl.flock(os.open(str(folder), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
     except BlockingIOError:
-        raise UserError(f"--out {folder}: another run is writing there; choose another") from None
+        raise UserError(f"--out {folder}: another run is using this folder; choose another"
+                        ) from None
     except OSError as error:
-        warn(f"{folder} cannot be locked ({error.strerror}): start no second run in it")
+        warn(f"{folder} cannot be locked ({error.strerror}): do not start a second run in it")
 
 
 @contextlib.contextmanager
@@ -267,10 +274,12 @@ def run_folder(args: Namespace) -> Iterator[Path]:
     to continue; checkpoints are replaced in one step, so it may be interrupted at any moment.
     """
     folder = Path(args.out).resolve()  # of a symbolic link, the folder that it points to
+    if folder in (Path.cwd(), *Path.cwd().parents):
+        raise UserError(f"--out {args.out} holds more than a run; name a folder of its own")
     if RANK == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        if any(folder.rglob("*.pt")) and not args.resume:
+        if any(folder.glob(f"{args.subfolder}/*.pt")) and not args.resume:
             old = f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder.rename(old)
             warn(f"--out {args.out} held another run, which is now in {old}")
@@ -279,14 +288,14 @@ def run_folder(args: Namespace) -> Iterator[Path]:
     try:
         yield folder
     except KeyboardInterrupt:
-        if any(folder.rglob("last.pt")):
+        if any(folder.glob(f"{args.subfolder}/last.pt")):
             command = f"python {shlex.quote(sys.argv[0])} --out {shlex.quote(args.out)} --resume"
             print(f"\ninterrupted; continue with: {command}")
         raise
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Replace a checkpoint in one step: a crash at any moment leaves the old or the new, whole."""
+    """Write a checkpoint in one step: after a crash the file is the old or the new one, whole."""
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
         torch.save(checkpoint, file)
@@ -300,23 +309,27 @@ def load_checkpoint(path: Path, script: str) -> dict:
     if not path.is_file():
         raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
     try:
-        damaged = zipfile.ZipFile(path).testzip()  # PyTorch does not look at the checksums
+        damaged = zipfile.ZipFile(path).testzip()  # torch.load() does not verify checksums
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
         checkpoint = torch.load(str(path), map_location="cpu", **SAFE_LOADING)
         author = checkpoint["script"]
     except Exception as error:
-        raise UserError(f"{path} is damaged, or no checkpoint: {str(error)[:200]}") from None
+        raise UserError(f"{path} is damaged or not a checkpoint: {str(error)[:200]}") from None
     if author != script:
         raise UserError(f"{path} was written by {author}, not by {script}")
     return checkpoint
 
 
 def resume(folder: Path, args: Namespace, state: dict) -> list:
-    """Load last.pt into the parts of `state`. Returns the history of the run so far."""
+    """Load last.pt into the parts of `state`; return the history of the run so far.
+
+    Raises UserError if the data are not those of that run, as told by `args.checksum`, which the
+    script sets when it has loaded them.
+    """
     checkpoint = load_checkpoint(folder / "last.pt", args.script)
     if checkpoint["checksum"] != args.checksum:
-        raise UserError(f"--data {args.data}: not the data that the run in {args.out} began with")
+        raise UserError(f"--data {args.data}: the run in {args.out} was started with other data")
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
     print(f"resumed after epoch {len(checkpoint['history'])}")
@@ -331,7 +344,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
     """
     if not all(map(math.isfinite, history[-1].values())):
         raise UserError("the loss or its gradient is not finite; start again with a lower --lr or "
-                        "--clip (the checkpoint of the epoch before is kept)")
+                        "--clip (checkpoints of earlier epochs are kept)")
     if RANK > 0:
         return
     rows = [history[0], *(row.values() for row in history)]
@@ -346,7 +359,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
 
 
 def write_or_warn(path: Path, write: Callable) -> None:
-    """Call write(path). That the file is locked, by a program that shows it, ends no run."""
+    """Call write(path); warn if it fails because another program has the file open."""
     try:
         write(path)
     except PermissionError as error:
@@ -386,6 +399,7 @@ def warmup_cosine(progress: float, warmup: float) -> float:
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> Any:
     """A scheduler that follows warmup_cosine(), with `steps` steps an epoch."""
     def factor(step):
+        # The middle of the step, so that neither the first nor the last has a rate of 0.
         return warmup_cosine((step + 0.5) / (args.epochs * steps), args.warmup)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
@@ -399,8 +413,10 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 
 
 class RunningMeans:
-    """The means of metrics over the steps of an epoch. The sums stay on the device, so that no step
-    has to wait for it; of several processes, each has the means of its own share.
+    """The means of metrics over the steps of an epoch.
+
+    The sums stay on the device, so that no step waits for it. With several processes, each has the
+    means over its own examples.
     """
 
     def __init__(self):
@@ -417,14 +433,14 @@ class RunningMeans:
 
 
 def epochs_since_best(history: list, score: Callable) -> int:
-    """How many epochs ago `score(row)` was at its maximum."""
+    """Return the number of epochs since `score(row)` was highest."""
     scores = [score(row) for row in history]
     return len(scores) - 1 - scores.index(max(scores))
 
 
 def epochs(args: Namespace, history: list, score: Callable) -> Iterator[int]:
-    """Yield the numbers of the epochs to train: up to --epochs, or until early stopping, which
-    never cuts the warm-up short.
+    """Yield the numbers of the epochs to train: up to --epochs, or until early stopping, which does
+    not act during the warm-up. The caller appends a row to `history` in each epoch.
     """
     while len(history) < args.epochs:
         warm = len(history) > args.warmup * args.epochs
@@ -432,23 +448,23 @@ def epochs(args: Namespace, history: list, score: Callable) -> Iterator[int]:
             print(f"early stopping: no improvement on validation for {args.patience} epochs")
             break
         epoch = len(history) + 1
-        # A seed of its own for each epoch: a resumed run draws the same random numbers.
+        # Each epoch has its own seed, so a resumed run draws the same random numbers.
         seed = np.random.SeedSequence([args.seed, epoch, RANK]).generate_state(1)
         torch.manual_seed(int(seed[0]))
         yield epoch
 
 
-def progress_bar(iterable: Iterable, description: str) -> tqdm:
-    """A progress bar of 80 columns that stays silent in a log file."""
-    return tqdm(iterable, description, leave=False, disable=RANK > 0 or None, ncols=80)
+def progress_bar(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
+    """Return a progress bar of 80 columns that stays silent in a log file."""
+    return tqdm(iterable, description, total, leave=False, disable=RANK > 0 or None, ncols=80)
 
 
 # ---------------------------------------------------------------- Evaluation and plots
 
 
 def classification_report(predicted: Tensor, labels: Tensor, classes: list) -> dict:
-    """Accuracy, and that of always naming the largest class; macro-averaged F1; the accuracy on each
-    class, None where there are no examples.
+    """Return the accuracy, the accuracy of always predicting the largest class, the macro-averaged
+    F1, and the accuracy on each class (None without examples).
 
     predicted, labels: int64 (N,).
     """
@@ -456,17 +472,17 @@ def classification_report(predicted: Tensor, labels: Tensor, classes: list) -> d
     guesses = predicted.bincount(minlength=len(classes))
     correct = labels[predicted == labels].bincount(minlength=len(classes))
     f1 = 2 * correct / (sizes + guesses).clamp(min=1).double()
-    accuracy = (correct / sizes.double()).tolist()  # 0 / 0 is nan
+    per_class = {}
+    for name, size, hits in zip(classes, sizes.tolist(), correct.tolist()):
+        per_class[name] = hits / size if size else None
     return {"accuracy": correct.sum().item() / len(labels),
             "largest_class": sizes.max().item() / len(labels),
-            "macro_f1": f1[sizes > 0].mean().item(),
-            "per_class": {name: value if value >= 0 else None
-                          for name, value in zip(classes, accuracy)}}
+            "macro_f1": f1[sizes > 0].mean().item(), "per_class": per_class}
 
 
 def print_report(report: dict) -> None:
     """Print what classification_report() returns."""
-    print("accuracy {accuracy:.2%} (always the largest class: {largest_class:.2%}), "
+    print("accuracy {accuracy:.2%} (always predicting the largest class: {largest_class:.2%}), "
           "macro-averaged F1 {macro_f1:.3f}".format(**report))
     for name, accuracy in report["per_class"].items():
         print("       -" if accuracy is None else f"{accuracy:8.2%}", name)
@@ -481,7 +497,7 @@ def new_figure(rows: int, columns: int, inches: tuple, title: str) -> tuple:
 
 
 def plain(text: str) -> str:
-    """Text for Matplotlib to draw as it is, with no formula between two dollar signs."""
+    """Escape dollar signs, between which Matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
 
@@ -520,7 +536,7 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
 
 
 def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
-    """Deal examples out to ten parts of equal size; returns the part of each, 0 to 9: int64 (N,).
+    """Assign each example to one of ten parts: int64 (N,), 0 to 9.
 
     Equal contents are in the same part, and each group is spread evenly over the parts.
     """
@@ -532,39 +548,43 @@ def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
 
 
 def complete_sets(sets: dict, seed: int) -> None:
-    """Take the missing ones of "test" and "val" from "train", a tenth of it each, and leave no copy of
-    an image in two sets. sets: {"train": (images, labels), ...}, which are changed.
+    """Take a missing "test" or "val" from "train", a tenth of it, and leave no image in two sets.
+
+    sets: {"train": (images, labels), ...}, changed in place; images are compared as they were read.
     """
     def contents(images):
         return [hash(image.tobytes()) for image in images.numpy()]
     images, labels = sets["train"]
     part = split_tenths(contents(images), labels.tolist(), seed)
-    for number, use in enumerate(("test", "val")):
-        sets.setdefault(use, (images[part == number], labels[part == number]))
-    # What a set before has is left out: of the training set, the images just taken from it too.
+    for number, name in enumerate(("test", "val")):
+        sets.setdefault(name, (images[part == number], labels[part == number]))
+    # Remove from each set what an earlier one contains: from "train" also what was just taken.
     seen = set()
-    for use in ("test", "val", "train"):
-        images, labels = sets[use]
-        fresh = torch.tensor([content not in seen for content in contents(images)])
-        seen.update(contents(images))
-        sets[use] = images[fresh], labels[fresh]
+    for name in ("test", "val", "train"):
+        images, labels = sets[name]
+        keys = contents(images)
+        new = torch.tensor([key not in seen for key in keys])
+        if not any(new):
+            raise UserError(f"--data: no image is left for the {name} set; provide more of them")
+        sets[name] = images[new], labels[new]
+        seen.update(keys)
 
 
 def describe_sets(name: str, device: torch.device, train: int, validation: int, test: int) -> None:
     """Print the sizes of the three sets, and warn if one of them is very small."""
     print(f"{name}, on {device}: {train:,} training, {validation:,} validation and {test:,} test "
           "examples", flush=True)
-    if min(train, validation, test) < 30:
+    if min(validation, test) < 30:
         warn("with fewer than 30 examples to validate or test on, the results are mostly chance")
 
 
 def normalize(text: str) -> str:
-    """The text in Unicode's composed form (NFC), with one space for any white space."""
+    """Normalize a text to Unicode's form NFC, and collapse its white space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 def read_table(path: str, names: tuple) -> list:
-    """The cells of the two columns `names` of a CSV or TSV file in UTF-8, a tuple for each row.
+    """Return two columns of a CSV or TSV file in UTF-8 as a list of tuples.
 
     The first line names the columns. Raises UserError with the number of a line that does not fit.
     """
@@ -573,10 +593,10 @@ def read_table(path: str, names: tuple) -> list:
     except ValueError:
         raise UserError(f"--data {path}: not a text file in UTF-8 (but perhaps .xlsx or .gz); save "
                         "the table as CSV in UTF-8") from None
-    dialect = {"skipinitialspace": True, "strict": True}
+    tabs = {}
     if "\t" in text.partition("\n")[0]:  # a TSV file, in which quotation marks mean nothing
-        dialect = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
+        tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True, **tabs)
     rows = []
     try:
         header = [cell.strip(' "').lower() for cell in next(reader, [])]
@@ -587,7 +607,7 @@ def read_table(path: str, names: tuple) -> list:
                                  "with a comma in it needs quotation marks around it")
             cells = tuple(normalize(row[column]) for column in columns)
             if "" in cells or cells == names:
-                raise ValueError("an empty cell, or a second header; mend or delete the line")
+                raise ValueError("an empty cell or a repeated header; correct or delete the line")
             rows.append(cells)
     except (ValueError, csv.Error) as error:
         raise UserError(f"--data {path}, line {reader.line_num}: {error} (the first line must name "
@@ -596,13 +616,13 @@ def read_table(path: str, names: tuple) -> list:
 
 
 def prediction_inputs(values: list, files: bool = False) -> list:
-    """The arguments of --predict, or for "-" the lines of standard input that are not blank."""
+    """Return the arguments of --predict, or for "-" the non-blank lines of standard input."""
     if values == ["-"]:
         text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
         return [line for line in text.splitlines() if line.strip()]
     for value in values:
         if os.path.isfile(value) and not files:
-            warn(f"{value} is taken as a text; for the lines of that file: --predict - < {value}")
+            warn(f"{value} is read as text, not as a file; for its lines: --predict - < {value}")
     return values
 
 
@@ -610,37 +630,37 @@ def prediction_inputs(values: list, files: bool = False) -> list:
 
 
 def read_image(path: str, size: int, channels: int) -> np.ndarray:
-    """An image file as uint8 (size, size, channels): the shorter side fitted, the longer one
-    cropped about the center. Transparent pixels become white. Raises UserError.
+    """Read an image as uint8 (size, size, channels), resized and center-cropped to a square.
+
+    Transparent pixels become white. Raises UserError.
     """
     from PIL import Image, ImageOps
     mode = "RGB" if channels == 3 else "L"
     try:
         image = Image.open(path)
         image.draft(mode, (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
-        with contextlib.suppress(Exception):  # a broken EXIF record costs the orientation alone
+        with contextlib.suppress(Exception):  # ignores a broken EXIF record
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
-            warn("images of more than 8 bits are scaled, each by its own smallest and largest value")
+            warn("images of more than 8 bits are scaled, each by its own minimum and maximum")
             values = np.asarray(image, np.float64)
             values = np.interp(values, (values.min(), values.max()), (0, 255))
             image = Image.fromarray(values.astype(np.uint8))
-        if "A" in image.mode or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert(mode), (size, size), Image.BICUBIC)
+        image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.BICUBIC)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert(mode)
     except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{path}: damaged, or in a format that Pillow lacks ({error})") from None
     return np.array(image).reshape(size, size, channels)
 
 
 def keep_apart(data: str, *written: str) -> None:
-    """Raise UserError if a folder that is written to lies in the one with the data, or around it."""
+    """Raise UserError if a folder to write to is in the folder of the data, or contains it."""
     source = Path(data).resolve()
     for name in written:
         folder = Path(name).resolve()
-        if source in (folder, *folder.parents) or folder in source.parents:
-            raise UserError(f"--data {data} and {name}, which is written to, must be apart")
+        if source == folder or source in folder.parents or folder in source.parents:
+            raise UserError(f"--data {data} and {name}, where the run writes, must be apart")
 
 
 def image_files(folder: str) -> list:
@@ -650,23 +670,23 @@ def image_files(folder: str) -> list:
     """
     files, visited = [], set()
     for base, folders, names in os.walk(folder, followlinks=True):
-        place = os.path.realpath(base)
-        if place in visited:
+        target = os.path.realpath(base)
+        if target in visited:
             folders.clear()
             continue
-        visited.add(place)
+        visited.add(target)
         folders[:] = filter(is_visible, sorted(folders))
         files += [os.path.join(base, name) for name in filter(is_visible, names)]
     return sorted(files)
 
 
 def is_visible(name: str) -> bool:
-    """Whether a file or folder is the user's own, neither hidden nor one of the system's."""
+    """Return False for hidden files and folders, and for those of operating systems."""
     return name[0] != "." and name not in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
 def read_images(paths: list, size: int, channels: int) -> tuple:
-    """Read image files, several at a time. Files that cannot be read are named and skipped.
+    """Read image files in parallel. Files that cannot be read are named and skipped.
 
     Returns the images, uint8 (N, size, size, channels), and the indices of their paths. Raises
     UserError if there are none, or more than fit into half of the memory.
@@ -683,8 +703,9 @@ def read_images(paths: list, size: int, channels: int) -> tuple:
             return read_image(path, size, channels)
         except UserError as error:
             warn(f"skipped {error}")
+            return None
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        images = list(progress_bar(threads.map(read, paths), "reading images"))
+        images = list(progress_bar(threads.map(read, paths), "reading images", len(paths)))
     kept = [i for i, image in enumerate(images) if image is not None]
     if len(kept) < len(paths):
         warn(f"{len(paths) - len(kept)} of {len(paths)} files cannot be read")
@@ -703,6 +724,7 @@ def load_torchvision(name: str, data_dir: str) -> tuple:
     dataset = getattr(datasets, name)
     socket.setdefaulttimeout(10)  # seconds; a network that does not answer must not hang the run
 
+    # All processes have to learn of a failure, so the first one returns it.
     def download():
         try:
             dataset(data_dir, download=True)
@@ -712,8 +734,8 @@ def load_torchvision(name: str, data_dir: str) -> tuple:
     if problem:
         raise UserError(problem)
     sets = {}
-    for use, train in (("train", True), ("test", False)):
+    for set_name, train in (("train", True), ("test", False)):
         data = dataset(data_dir, train)
         images = torch.as_tensor(data.data)  # gray ones lack the last dimension
-        sets[use] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
+        sets[set_name] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
     return sets, data.classes

@@ -140,7 +140,7 @@ def load_data(args: Namespace, task: str) -> Dataset:
     elif task == "classify":
         rows = temporal_order(args.synthetic_size, args.seed)
     else:  # sorting needs more examples; its strings are short
-        rows = sorting(4 * args.synthetic_size, args.seed)
+        rows = sorting(5 * args.synthetic_size, args.seed)
     answers = [answer for _, answer in rows]
     sequences = tokenize([text for text, _ in rows], args.tokens)
     # A tenth is the test set, a tenth the validation set. Equal texts are in the same tenth, so
@@ -526,7 +526,7 @@ def look_inside(data: Dataset, cells: dict, folder: Path, seed: int, title: str)
     norms = {}
     gates = {}
     for cell in cells:
-        checkpoint = common.load_checkpoint(folder / f"classify-{cell}" / "best.pt", "rnn.py")
+        checkpoint = common.load_checkpoint(folder / f"classify-{cell}/best.pt", "rnn.py")
         # All cells alike, with the weights that their training began with, and the best ones.
         torch.manual_seed(seed)
         model = RNNClassifier(**{**checkpoint["options"], "backend": "scratch"}).double().eval()
@@ -540,9 +540,10 @@ def look_inside(data: Dataset, cells: dict, folder: Path, seed: int, title: str)
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")
     names = [common.plain(data.vocabulary[i]) for i in text]
-    plot_cells(folder / "gates.png", title, gates, rotation=90 if max(map(len, names)) > 2 else 0,
-               xticks=range(1, len(text) + 1), xticklabels=names,
-               ylabel="LSTM's forget, GRU's update gate (mean)")
+    rotation = 90 if max(map(len, names)) > 2 else 0
+    if gates:
+        plot_cells(folder / "gates.png", title, gates, rotation, xticks=range(1, len(text) + 1),
+                   xticklabels=names, ylabel="LSTM's forget, GRU's update gate (mean)")
 
 
 def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -586,12 +587,12 @@ def predict(args: Namespace, device: torch.device) -> None:
 
 def build_parser() -> common.ArgumentParser:
     parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", epochs=12, batch_size=128,
-                                  lr=5e-3, warmup=0.1, weight_decay=0.01, clip=1.0, patience=10)
+                                  lr=4e-3, warmup=0.1, weight_decay=0.01, clip=1.0, patience=5)
     count, probability = common.number(int, 1), common.number(float, 0, 1)
     add = parser.add_argument_group("options of the RNN").add_argument
     add("--data", default="synthetic", help="synthetic, or a CSV or TSV file: text, label")
-    add("--synthetic-size", type=common.number(int, 100), default=3000,
-        help="strings to classify; there are four times as many to sort")
+    add("--synthetic-size", type=common.number(int, 100), default=2500,
+        help="strings to classify; there are five times as many to sort")
     add("--tokens", choices=["chars", "words"], default="chars", help="what texts are split into")
     add("--tasks", choices=list(MODELS), nargs="+", default=list(MODELS),
         help="your own data are for classify alone")

@@ -17,7 +17,7 @@ import zlib
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
-from typing import Any, Iterable, NamedTuple, Sequence
+from typing import NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -53,12 +53,11 @@ TASKS = {
 
 
 def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> list:
-    """Return `count` pairs of texts (source, target), no source twice.
-
-    A source has `low` to `high` random letters; for `add`, two numbers of so many digits each.
+    """Return `count` pairs of texts (source, target), no source twice. A source has `low` to `high`
+    random letters; for `add`, two numbers of so many digits each.
     """
     rng = random.Random(seed)
-    sources = {}  # unlike a set, a dict keeps the order
+    sources = set()
     while len(sources) < count:
         length = rng.randint(low, high)
         if task == "add":
@@ -67,8 +66,8 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> li
             source = f"{first}+{second}"[::-1]
         else:
             source = "".join(rng.choices(string.ascii_lowercase, k=length))
-        sources[source] = None
-    return [(source, TASKS[task](source)) for source in sources]
+        sources.add(source)
+    return [(source, TASKS[task](source)) for source in sorted(sources)]
 
 
 def split_tokens(text: str, kind: str) -> tuple:
@@ -79,11 +78,11 @@ def split_tokens(text: str, kind: str) -> tuple:
 class Vocabulary:
     """The tokens of the training set and their numbers, the same for sources and targets."""
 
-    def __init__(self, tokens: Iterable[str]):
+    def __init__(self, tokens: Sequence):
         self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]
         self.numbers = {token: number for number, token in enumerate(self.tokens)}
 
-    def encode(self, rows: Iterable[Sequence[str]], device: torch.device) -> Tensor:
+    def encode(self, rows: Sequence, device: torch.device) -> Tensor:
         """N rows of tokens, each with <eos>, filled up with <pad>: int64 (N, longest row + 1)."""
         encoded = []
         for row in rows:
@@ -92,8 +91,8 @@ class Vocabulary:
         return pad_sequence(encoded, batch_first=True, padding_value=PAD).to(device)
 
     def decode(self, numbers: list) -> tuple:
-        """The tokens before the first <eos>."""
-        end = numbers.index(EOS) if EOS in numbers else len(numbers)
+        """The tokens before the first <eos>, or all if there is none."""
+        end = [*numbers, EOS].index(EOS)
         return tuple(self.tokens[number] for number in numbers[:end])
 
 
@@ -108,11 +107,6 @@ class Dataset(NamedTuple):
     test: list
 
 
-def pair_length(pair: tuple) -> int:
-    """The number of tokens of the source or the target, whichever is longer."""
-    return max(map(len, pair))
-
-
 def load_data(args: Namespace) -> Dataset:
     """Make or read the pairs of --data; a tenth of the sources is for validation, one for the test.
 
@@ -125,16 +119,17 @@ def load_data(args: Namespace) -> Dataset:
     else:
         name = args.data
         table = common.read_table(args.data, ("source", "target"))
-    pairs = [(split_tokens(source, args.source_tokens), split_tokens(target, args.target_tokens))
-             for source, target in table]
-    sources = [source for source, _ in pairs]
+    sources = [split_tokens(source, args.source_tokens) for source, _ in table]
+    targets = [split_tokens(target, args.target_tokens) for _, target in table]
     if len(set(sources)) < 10:
         raise common.UserError(f"--data {args.data}: at least 10 different sources are needed")
-    longest = max(map(pair_length, pairs))
+    pairs = list(zip(sources, targets))
+    lengths = [max(map(len, pair)) for pair in pairs]
+    longest = max(lengths)
     if longest > args.max_length:
-        number = [pair_length(pair) > args.max_length for pair in pairs].index(True)
-        raise common.UserError(f"--data {args.data}: pairs have up to {longest} tokens, such as the "
-                               f"one of {table[number][0][:50]}; shorten them, or raise --max-length")
+        example = table[lengths.index(longest)][0][:50]
+        raise common.UserError(f"--data {args.data}: pairs of up to {longest} tokens, such as that "
+                               f"of {example}; shorten them, or raise --max-length")
     # Equal sources are in the same part, and so in the same set.
     parts = common.split_tenths(sources, [0] * len(sources), args.seed).tolist()
     sets = [], [], []  # validation, test, training
@@ -148,15 +143,16 @@ def load_data(args: Namespace) -> Dataset:
 
 
 def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
-    """Arrays of indices of pairs of similar length, which need little padding, in random order.
+    """Batches of indices of pairs of similar length, which need little padding, in random order.
 
-    Of several processes, each has its share of every batch, of 2 pairs or more.
+    Of several processes, each has its share of every batch.
     """
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(pairs))
-    # Sorting leaves pairs of the same lengths in random order.
-    order = sorted(order, key=lambda i: (len(pairs[i][0]), len(pairs[i][1])))
-    batches = np.array_split(order, math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD)))
+    # The random fraction shuffles pairs of the same lengths.
+    lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
+    order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
+    batches = np.array_split(order, steps)
     rng.shuffle(batches)
     return [batch[common.RANK::common.WORLD] for batch in batches]
 
@@ -164,15 +160,14 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
 # ---------------------------------------------------------------- Model
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple:
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple:
     """softmax(Q K^T / sqrt(d_k)) V, and the weights of the softmax. Vaswani et al., 2017.
 
     query: (..., T, d_k); key, value: (..., S, d_k); mask: bool, broadcast to (..., T, S), True
     where a query may look at a key -> (..., T, d_k) and (..., T, S).
     """
     scores = query @ key.transpose(-2, -1) / math.sqrt(query.shape[-1])  # (..., T, S)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+    scores = scores.masked_fill(~mask, -math.inf)
     weights = scores.softmax(dim=-1)
     return weights @ value, weights
 
@@ -187,35 +182,38 @@ class MultiHeadAttention(nn.Module):
         self.key = nn.Linear(d_model, d_model)
         self.value = nn.Linear(d_model, d_model)
         self.output = nn.Linear(d_model, d_model)
-        self.weights = None  # of the last call, (N, heads, T, S), for a plot
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(N, length, d_model) -> (N, heads, length, d_k)"""
-        n, length, _ = x.shape
-        return x.view(n, length, self.heads, -1).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
-    def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor | None = None,
+    def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
+        """Two tensors (N, heads, S, d_k). With a cache, those of earlier calls come first."""
+        if memory is None:  # there are no new ones
+            return cache[self]
+        key = self.split_heads(self.key(memory))
+        value = self.split_heads(self.value(memory))
+        if cache is not None:
+            if self in cache:
+                old_key, old_value = cache[self]
+                key = torch.cat([old_key, key], dim=2)
+                value = torch.cat([old_value, value], dim=2)
+            cache[self] = key, value
+        return key, value
+
+    def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor,
                 cache: dict | None = None) -> Tensor:
-        """Each position of x (N, T, d_model) looks at the positions of memory (N, S, d_model).
+        """Each position of x (N, T, d_model) looks at those of memory (N, S, d_model), where the mask,
+        broadcast to (N, heads, T, S), is True -> (N, T, d_model).
 
-        mask: bool, broadcast to (N, heads, T, S). With a cache, {layer: (keys, values)}, those of
-        memory are added to it; if memory is None, it has them all -> (N, T, d_model).
+        cache: {layer: (keys, values)}, to which those of memory are added, if it is not None.
         """
         # 1) Project: queries from x, keys and values from memory.
         query = self.split_heads(self.query(x))  # (N, heads, T, d_k)
-        if memory is not None:
-            key = self.split_heads(self.key(memory))  # (N, heads, S, d_k)
-            value = self.split_heads(self.value(memory))  # (N, heads, S, d_k)
-        if cache is not None:
-            if memory is None:
-                key, value = cache[self]
-            elif self in cache:
-                key = torch.cat([cache[self][0], key], dim=2)
-                value = torch.cat([cache[self][1], value], dim=2)
-            cache[self] = key, value
+        key, value = self.keys_and_values(memory, cache)  # (N, heads, S, d_k)
         # 2) Attention, for all heads at once.
         x, weights = attention(query, key, value, mask)  # (N, heads, T, d_k)
-        self.weights = weights.detach()
+        self.weights = weights.detach()  # for a plot
         # 3) Concatenate the heads, and project.
         return self.output(x.transpose(1, 2).flatten(2))  # (N, T, d_model)
 
@@ -231,8 +229,7 @@ class FeedForward(nn.Sequential):
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward: (N, S, d_model) -> (N, S, d_model).
 
-    Layer norm comes before each sublayer, so that no norm stands on the path of the sums from the
-    first layer to the last (Xiong et al., 2020); in the paper it comes after each sum.
+    Layer norm comes before each sublayer (Xiong et al., 2020); in the paper, after each sum.
     """
 
     def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float):
@@ -243,7 +240,7 @@ class EncoderLayer(nn.Module):
         self.norm2 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, source_mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, source_mask: Tensor) -> Tensor:
         y = self.norm1(x)
         x = x + self.dropout(self.self_attention(y, y, source_mask))
         return x + self.dropout(self.feed_forward(self.norm2(x)))
@@ -262,8 +259,8 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, memory: Tensor | None, causal_mask: Tensor | None = None,
-                source_mask: Tensor | None = None, cache: dict | None = None) -> Tensor:
+    def forward(self, x: Tensor, memory: Tensor | None, causal_mask: Tensor, source_mask: Tensor,
+                cache: dict | None = None) -> Tensor:
         y = self.norm1(x)
         x = x + self.dropout(self.self_attention(y, y, causal_mask, cache))
         x = x + self.dropout(self.cross_attention(self.norm2(x), memory, source_mask, cache))
@@ -324,8 +321,8 @@ class Transformer(nn.Module):
         """
         length = target_input.shape[1]
         # Position t looks at positions 0 to t, and not at the token that it is to predict.
-        causal_mask = torch.ones(length, start + length, device=target_input.device)
-        causal_mask = causal_mask.tril(start).bool()  # (T, start + T)
+        ones = torch.ones(length, start + length, device=target_input.device)
+        causal_mask = ones.tril(start).bool()  # (T, start + T)
         x = self.embed(target_input, start)
         for layer in self.decoder:
             x = layer(x, memory, causal_mask, source_mask, cache)
@@ -339,10 +336,8 @@ class Transformer(nn.Module):
 @torch.no_grad()
 def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     """Write a target for each source, keeping its `beam` most probable hypotheses at each step; a
-    beam of 1 is greedy decoding.
-
-    source: int64 (N, S) -> the best targets, int64 (N, T), <pad> after <eos>, and their
-    log-probabilities, float (N,).
+    beam of 1 is greedy decoding. source: int64 (N, S) -> the best targets, int64 (N, T), with <pad>
+    after <eos>, and their log-probabilities, float (N,).
     """
     # There is a row for each hypothesis: N * beam rows, those of a source side by side.
     memory, source_mask = model.encode(source.repeat_interleave(beam, dim=0))
@@ -385,10 +380,8 @@ def shift_right(target: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy with label smoothing (Szegedy et al., 2016): the label's target is
-    1 - smoothing, and `smoothing` is spread evenly over the vocabulary.
-
-    logits: float (N, vocabulary); labels: int64 (N,).
+    """Mean cross-entropy with label smoothing (Szegedy et al., 2016), which spreads `smoothing` of
+    the probability evenly over the vocabulary. logits: float (N, vocabulary); labels: int64 (N,).
     """
     log_probabilities = F.log_softmax(logits, dim=1)
     of_labels = F.nll_loss(log_probabilities, labels)
@@ -482,11 +475,8 @@ def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
 
 
 def edit_distance(a: Sequence, b: Sequence) -> int:
-    """The least number of insertions, deletions and substitutions that turn a into b.
-
-    Levenshtein, 1966.
-    """
-    row = list(range(len(b) + 1))  # the distances of no element of a from each beginning of b
+    """The least number of insertions, deletions and substitutions (Levenshtein, 1966)."""
+    row = list(range(len(b) + 1))  # from nothing to each beginning of b
     for i, x in enumerate(a):
         above = row
         row = [i + 1]
@@ -503,7 +493,7 @@ def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: tor
     length) of what the model writes to each source by itself, against the nearest of its targets.
     """
     model.eval()
-    pairs = sorted(pairs, key=pair_length)  # a batch of similar lengths needs little padding
+    pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # for batches with little padding
     losses, hits = [], []
     for start in range(0, len(pairs), 500):
         sources, targets = zip(*pairs[start:start + 500])
@@ -517,12 +507,13 @@ def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: tor
     for source, target in pairs:
         answers[source].append(target)
     written = write_targets(model, vocabulary, list(answers), device, beam)
-    exact, errors, length = 0, 0, 0
+    exact = errors = length = 0
     for (tokens, _), targets in zip(written, answers.values()):
-        nearest = min(targets, key=lambda target: edit_distance(tokens, target))
-        exact += tokens == nearest
-        errors += edit_distance(tokens, nearest)
-        length += len(nearest)
+        distances = [edit_distance(tokens, target) for target in targets]
+        nearest = distances.index(min(distances))
+        exact += tokens in targets
+        errors += distances[nearest]
+        length += len(targets[nearest])
     return {"loss": torch.cat(losses).mean().item(),
             "token_accuracy": torch.cat(hits).float().mean().item(),
             "exact_match": exact / len(answers), "error_rate": errors / length}
@@ -547,12 +538,11 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
                              "validation sequences": "validation_exact_match"},
         "gradient norm": {"before clipping": "gradient_norm"}})
     common.save_figure(folder / "curves.png", figure)
-    figure = plot_attention(model, vocabulary, data.test[0], device, title)
-    common.save_figure(folder / "attention.png", figure)
+    plot_attention(folder / "attention.png", model, vocabulary, data.test[0], device, title)
 
 
-def plot_attention(model: Transformer, vocabulary: Vocabulary, pair: tuple, device: torch.device,
-                   title: str) -> Any:
+def plot_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
+                   device: torch.device, title: str) -> None:
     """Where each head of the last decoder layer looks while it writes the target of a pair."""
     source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
     with torch.no_grad():
@@ -564,9 +554,9 @@ def plot_attention(model: Transformer, vocabulary: Vocabulary, pair: tuple, devi
     figure, axes = common.new_figure(rows, 2, (8.3, 4 * rows), f"{title}: cross-attention")
     for head, axis in zip(weights, axes.flat):
         axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
-        axis.set(xticks=range(len(read)), yticks=range(len(written)), xlabel="source",
-                 ylabel="token written", xticklabels=read, yticklabels=written)
-    return figure
+        axis.set(xlabel="source", xticks=range(len(read)), xticklabels=read)
+        axis.set(ylabel="target", yticks=range(len(written)), yticklabels=written)
+    common.save_figure(path, figure)
 
 
 def load_model(path: Path, device: torch.device) -> tuple:
@@ -607,7 +597,7 @@ def build_parser() -> common.ArgumentParser:
     add = parser.add_argument_group("options of the Transformer").add_argument
     add("--data", default="synthetic", help="a CSV or TSV file with columns source and target")
     add("--task", choices=list(TASKS), default="reverse", help="what the synthetic targets are")
-    add("--synthetic-size", type=common.number(int, 100), default=50000, help="synthetic pairs")
+    add("--synthetic-size", type=count, default=50000, help="synthetic pairs")
     add("--source-tokens", choices=list(SEPARATORS), default="chars", help="tokens of a source")
     add("--target-tokens", choices=list(SEPARATORS), default="chars", help="tokens of a target")
     add("--max-length", type=count, default=256, help="pairs with more tokens are left out")

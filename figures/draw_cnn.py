@@ -7,11 +7,10 @@ computes from that image.
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import Polygon, Rectangle
+from matplotlib.patches import Rectangle
 
 import draw
 
@@ -93,44 +92,57 @@ def pooling():
 
 
 def batch_norm():
-    """Which numbers share a mean: those of one channel, in all images, at all positions."""
-    figure, axis = draw.new(8.3, 3.5)
-    colors = [draw.ORANGE, draw.BLUE, draw.GREEN]
-    blank = [[""] * 3] * 3
-    for image in range(4):
-        for channel in (2, 1, 0):
-            x, y = 2 * image + 0.22 * channel, 3 - 0.55 * channel
-            draw.grid(axis, x, y, blank, 0.45, colors[channel])
-        title(axis, 2 * image + 0.75, 3.1, f"image {image + 1}")
-    for channel, color in enumerate(("#b45f06", "#1f77b4", "#2ca02c")):
-        y = 2.8 - 0.55 * channel - 0.9 * (channel > 0)
-        axis.text(8.1, y, f"channel {channel + 1}: one mean,\none variance, one $\\gamma$ and $\\beta$",
-                  fontsize=9, va="center", color=color)
+    """The numbers of the worked example, which share one mean and one variance; another channel."""
+    first = torch.tensor([[[1., 3], [3, 3]], [[8, 6], [4, 4]]])  # channel 1: (images, rows, columns)
+    normalized = (first - first.mean()) / first.var(unbiased=False).sqrt()
+    blank = [["", ""]] * 2
+    figure, axis = draw.new(8.3, 3.1)
+    for image in range(2):
+        x = 2.1 * image
+        title(axis, x + 0.6, 2.75, f"image {image + 1}")
+        draw.grid(axis, x, 2.55, first[image].tolist(), 0.6, draw.ORANGE, form="{:.0f}")
+        draw.grid(axis, x, 1.0, blank, 0.6, draw.BLUE)
+        draw.grid(axis, 6 + 1.6 * image, 2.55, normalized[image].tolist(), 0.6, draw.ORANGE)
+        title(axis, 6.6 + 1.6 * image, 2.75, f"image {image + 1}")
+    for y, channel in ((2.55, 1), (1.0, 2)):
+        frame(axis, -0.12, y + 0.08, 3.54, 1.36)
+        axis.text(-0.3, y - 0.6, f"channel {channel}", fontsize=10, ha="right", va="center")
+    draw.arrow(axis, (3.5, 1.95), (5.85, 1.95))
+    axis.text(4.65, 2.05, "mean 4, variance 4", fontsize=10, ha="center", va="bottom")
+    axis.text(3.6, 0.4, "has a mean and a variance of its own", fontsize=10, va="center")
     draw.save(figure, "cnn_batchnorm")
 
 
 # ---------------------------------------------------------------- The model
 
 
-def cuboid(axis, x, size, depth, color, text):
-    """Feature maps as a block: its front is their size, its depth the number of channels."""
-    low, high, slope = -size / 2, size / 2, 0.6 * depth
-    corners = [[(x, low), (x + depth, low + slope), (x + depth, high + slope), (x, high)],
-               [(x, high), (x + depth, high + slope), (x + depth + size / 2, high + slope),
-                (x + size / 2, high)],
-               [(x, low), (x + size / 2, low), (x + size / 2, high), (x, high)]]
-    for points in corners:
-        axis.add_patch(Polygon(points, facecolor=color, edgecolor=draw.INK))
-    axis.text(x + size / 4, -1.35, text, ha="center", va="top", fontsize=9, color=draw.INK)
+def block(axis, x, size, sheets, color, text):
+    """Feature maps as a stack of squares, more of them for more channels."""
+    for sheet in reversed(range(sheets)):
+        corner = (x + 0.07 * sheet, 0.07 * sheet - size / 2)
+        axis.add_patch(Rectangle(corner, size, size, facecolor=color, edgecolor=draw.INK,
+                                 linewidth=0.7))
+    axis.text(x + size / 2, -size / 2 - 0.12, text, ha="center", va="top", fontsize=10)
 
 
 def model():
-    """The CNN, from the image to the logits."""
-    figure, axis = draw.new(8.3, 3.6)
-    cuboid(axis, 0, 2, 0.1, "white", "image\n3 x 32 x 32")
-    for x, size, depth, text in ((2.6, 1, 0.3, "32 x 16 x 16"), (4.8, 0.5, 0.6, "64 x 8 x 8"),
-                                 (6.8, 0.25, 1.2, "128 x 4 x 4")):
-        cuboid(axis, x, size, depth, draw.BLUE, text)
+    """The CNN, from the image to the logits, with sizes."""
+    figure, axis = draw.new(8.3, 3.9)
+    block(axis, 0, 1.6, 3, "white", "image\n3 x 32 x 32")
+    block(axis, 3.0, 0.8, 5, draw.BLUE, "32 x 16 x 16")
+    block(axis, 5.3, 0.4, 9, draw.BLUE, "64 x 8 x 8")
+    block(axis, 7.5, 0.2, 17, draw.BLUE, "128 x 4 x 4")
+    for start, end, name in ((1.85, 2.9, "block 1"), (4.2, 5.2, "block 2"), (6.4, 7.4, "block 3")):
+        draw.arrow(axis, (start, 0), (end, 0))
+        axis.text((start + end) / 2, 0.08, name, ha="center", va="bottom", fontsize=10)
+    draw.box(axis, 1.7, -2.05, 3.4, 0.8, "one block: Conv2d 3 x 3, BatchNorm2d,\n"
+             "ReLU, MaxPool2d 2 x 2", draw.ORANGE)
+    draw.box(axis, 4.6, -2.05, 0.9, 0.8, "Flatten\n2048", draw.GRAY)
+    draw.box(axis, 6.3, -2.05, 1.5, 0.8, "Linear, ReLU,\nDropout: 256", draw.GREEN)
+    draw.box(axis, 8.1, -2.05, 1.1, 0.8, "Linear:\n10 logits", draw.GREEN)
+    draw.arrow(axis, (7.6, -0.5), (4.6, -1.6))
+    draw.arrow(axis, (5.07, -2.05), (5.53, -2.05))
+    draw.arrow(axis, (7.07, -2.05), (7.53, -2.05))
     draw.save(figure, "cnn_model")
 
 
@@ -154,19 +166,34 @@ def data():
     draw.save(figure, "cnn_data")
 
 
-def kernels_and_features(checkpoint, image):
-    """The kernels of the first layer, and feature maps of an image after each block."""
-    trained, _ = cnn.load_model(Path(checkpoint), torch.device("cpu"))
+def features(checkpoint, file, count=8):
+    """An image, the kernels of the first layer, and feature maps of the image after each block."""
+    trained, saved = cnn.load_model(Path(checkpoint), torch.device("cpu"))
     trained.eval()
-    size = trained.classifier[1].in_features // trained.features[2][0].out_channels
-    pixels = torch.from_numpy(common.read_image(image, 8 * round(size**0.5), 3))
-    x = (pixels.permute(2, 0, 1)[None].float() - trained.mean) / trained.std
-    kernels = trained.features[0][0].weight.detach().permute(0, 2, 3, 1)
-    # The channels that vary most from place to place, which show most.
-    first = torch.relu(trained.features[0][1](trained.features[0][0](x)))[0]
-    channels = first.std((1, 2)).argsort(descending=True)[:8]
-    figure, axes = images_in_rows(5, 9, 5.4)
-    return figure, axes, x, pixels, kernels, channels
+    image = torch.from_numpy(common.read_image(file, saved["options"]["size"], 3))
+    x = (image.permute(2, 0, 1)[None].float() - trained.mean) / trained.std
+    kernels = trained.features[0][0].weight.detach().permute(0, 2, 3, 1)  # (32, 3, 3, 3)
+    kernels = 0.5 + 0.5 * kernels / kernels.abs().amax((1, 2, 3), keepdim=True)
+    figure, axes = images_in_rows(4, count + 1, 4.4)
+    for row, conv_block in enumerate(trained.features, start=1):
+        x = conv_block(x).detach()
+        # The channels whose values vary most from place to place.
+        channels = x[0].flatten(1).std(1).argsort(descending=True)[:count]
+        if row == 1:
+            for axis, kernel in zip(axes[0, 1:], kernels[channels]):
+                axis.imshow(kernel)
+        for axis, channel in zip(axes[row, 1:], channels):
+            axis.imshow(x[0, channel], cmap="gray", vmin=0)
+        axes[row, 0].axis("off")
+        axes[row, 0].text(0.5, 0.5, f"block {row}:\n{count} of {x.shape[1]}\nmaps, each\n"
+                          f"{x.shape[2]} x {x.shape[3]}", fontsize=10, ha="center", va="center",
+                          transform=axes[row, 0].transAxes)
+    axes[0, 0].imshow(image)
+    axes[0, 0].set_title("image", fontsize=10)
+    text = axes[0, 1].text(0, 1.1, "kernels of the first layer, each above its map", fontsize=10,
+                           transform=axes[0, 1].transAxes)
+    text.set_in_layout(False)  # wider than its column
+    draw.save(figure, "cnn_features")
 
 
 def main():
@@ -176,4 +203,4 @@ def main():
     model()
     data()
     if len(sys.argv) == 4 and sys.argv[2].endswith(".pt"):
-        kernels_and_features(*sys.argv[2:])
+        features(*sys.argv[2:])

@@ -36,7 +36,7 @@ import rnn  # noqa: E402
 import transformer  # noqa: E402
 
 CPU = torch.device("cpu")
-# Of an epoch; but of rnn.py a tenth of them each is for validation and test.
+# Of an epoch; of sequences a fifth of them is not for training.
 EXAMPLES = {"cnn": 100 * 128, "gan": 60 * 64, "rnn": 4000, "transformer": 160 * 64}
 FEW = 64  # examples to validate on, which takes no time
 
@@ -104,15 +104,13 @@ def measure_rnn(options):
 
 
 def measure_transformer(options):
-    examples = EXAMPLES["transformer"]
-    pairs = [(tuple(source), tuple(target)) for source, target in
-             transformer.synthetic_pairs("reverse", examples, 2, 20, seed=0)]
-    vocabulary = transformer.Vocabulary(sorted({token for source, _ in pairs for token in source}))
-    data = transformer.Dataset("reverse", vocabulary, pairs, pairs[:FEW], pairs[:FEW])
-    usual = usual_way.transformer(transformer.encode_pairs(vocabulary, pairs),
-                                  len(vocabulary.tokens))
+    size = ["--synthetic-size", str(EXAMPLES["transformer"])]
+    data = transformer.load_data(transformer.build_parser().parse_args(size))
+    data = data._replace(validation=data.validation[:FEW])
+    pairs = [[data.vocabulary.encode([tokens], CPU)[0] for tokens in pair] for pair in data.train]
+    usual = usual_way.transformer(pairs, len(data.vocabulary.tokens))
     return {"pairs a second": compare_epochs(
-        examples, lambda: train(transformer, data, options, 2), usual)}
+        len(pairs), lambda: train(transformer, data, options, 2), usual)}
 
 
 # ---------------------------------------------------------------- Decoding and images

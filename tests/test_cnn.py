@@ -21,6 +21,11 @@ TINY = ("--data", "synthetic", "--synthetic-size", 600, "--widths", 8, 8, 8, "--
         "--device", "cpu")
 
 
+def summary(out="runs/cnn"):
+    """What the run in a folder below the working directory says about its test."""
+    return json.loads(Path(out, "summary.json").read_text())["test"]
+
+
 def save(path, pixels):
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(np.asarray(pixels, np.uint8)).save(str(path))
@@ -33,27 +38,23 @@ def test_random_crop_flip_is_reflection_padding_and_cropping():
     images = torch.randint(0, 256, (3, 9, 9, 3), dtype=torch.uint8)
     planes = images.permute(0, 3, 1, 2).float()
     padded = F.pad(planes, (2, 2, 2, 2), mode="reflect").byte().permute(0, 2, 3, 1)
-    views = {}
-    for i in range(3):
-        for y in range(5):
-            for x in range(5):
-                view = padded[i, y:y + 9, x:x + 9]
-                views[view.numpy().tobytes()] = i, y, x, "as it is"
-                views[view.flip(1).numpy().tobytes()] = i, y, x, "flipped"
+    views = {}  # of which image each possible view is
+    for i, y, x in np.ndindex(3, 5, 5):
+        view = padded[i, y:y + 9, x:x + 9]
+        for either in (view, view.flip(1)):
+            views[either.numpy().tobytes()] = i
     indices = torch.arange(3).repeat(400)
     crops = cnn.random_crop_flip(images, indices, 2, flip=True)
-    seen = [views[crop.numpy().tobytes()] for crop in crops]
-    assert [view[0] for view in seen] == indices.tolist()
+    seen = [crop.numpy().tobytes() for crop in crops]
+    assert [views[crop] for crop in seen] == indices.tolist()
     assert len(set(seen)) == len(views) == 3 * 5 * 5 * 2
     assert cnn.random_crop_flip(images, indices[:3], 0, flip=False).equal(images)
 
 
 def test_synthetic_shapes_are_balanced_and_repeatable():
-    shapes = cnn.synthetic_shapes(200, size=24, seed=1)
-    assert shapes.images.shape == (200, 24, 24, 3) and shapes.images.dtype == torch.uint8
-    assert shapes.labels.bincount().tolist() == [20] * 10
-    assert cnn.synthetic_shapes(200, size=24, seed=1).images.equal(shapes.images)
-    assert not cnn.synthetic_shapes(200, size=24, seed=2).images.equal(shapes.images)
+    first, second, other = (cnn.synthetic_shapes(50, 24, seed) for seed in (1, 1, 2))
+    assert first.images.shape == (50, 24, 24, 3) and first.labels.bincount().tolist() == [5] * 10
+    assert first.images.equal(second.images) and not first.images.equal(other.images)
 
 
 @pytest.mark.parametrize("batch_norm", [True, False])
@@ -185,12 +186,7 @@ def test_folders_of_another_structure_are_refused(photos, folders, message):
     with pytest.raises(common.UserError) as caught:
         load()
     assert str(caught.value) == f"--data photos: {message}"
-
-
-def test_results_go_outside_the_data(photos):
-    photos("a", 1)
-    message = "--data photos and photos/runs, which is written to, must be apart"
-    with pytest.raises(common.UserError, match=message):
+    with pytest.raises(common.UserError, match="--data photos and photos/runs, .* must be apart"):
         load("--out", "photos/runs")
 
 
@@ -214,57 +210,50 @@ def test_a_class_without_test_images_has_no_accuracy(run, photos):
     assert "warning: with fewer than 30 examples to validate or test on" in done.stderr
     assert re.search(r"^cat \d\d, dog \d\d$", done.stdout, re.M)
     assert re.search(r"^ +- dog$", done.stdout, re.M)
-    per_class = json.loads(Path("runs/cnn/summary.json").read_text())["test"]["per_class"]
-    assert per_class["dog"] is None and 0 <= per_class["cat"] <= 1
+    assert summary()["per_class"]["dog"] is None
 
 
-def test_details_that_32_pixels_cannot_show_are_learned_at_96(run, tmp_path):
-    stripes = np.indices((96, 96)) % 2  # rows, columns
+def test_details_that_32_pixels_cannot_show_are_learned_at_96(run, photos):
+    stripes = np.indices((96, 96, 3)) % 2  # across, and upright
     rng = np.random.default_rng(0)
-    for name, count in (("train", 60), ("test", 40)):
-        for kind in (0, 1):
-            for i in range(count):
-                pixels = 100 + 50 * stripes[kind] + rng.normal(0, 20, (96, 96))
-                pixels = np.repeat(pixels[:, :, None], 3, axis=2)
-                save(tmp_path / "photos" / name / str(kind) / f"{i}.png", pixels.clip(0, 255))
-    for size in (32, 96):
+    for i in range(200):
+        pixels = 100 + 50 * stripes[i % 2] + rng.normal(0, 20, (96, 96, 3))
+        name = "train" if i < 120 else "test"
+        save(Path("photos", name, str(i % 2), f"{i}.png"), pixels.clip(0, 255))
+    for size in ("32", "96"):
         run("cnn.py", *TINY, "--data", "photos", "--size", size, "--epochs", 4, "--lr", 0.05,
             "--batch-size", 8, "--out", size)
-    accuracy = [json.loads((tmp_path / size / "summary.json").read_text())["test"]["accuracy"]
-                for size in ("32", "96")]
-    assert 0.3 < accuracy[0] < 0.7 and accuracy[1] > 0.95
+    assert 0.3 < summary("32")["accuracy"] < 0.7 and summary("96")["accuracy"] > 0.95
 
 
 # ---------------------------------------------------------------- The command line
 
+LEARN = ("--data", "synthetic", "--synthetic-size", 4000, "--epochs", 5, "--batch-size", 32,
+         "--lr", 0.05, "--widths", 16, 32, 64)
 
-def test_it_learns_writes_everything_and_predicts(run, tmp_path):
-    done = run("cnn.py", "--data", "synthetic", "--synthetic-size", 4000, "--epochs", 5,
-               "--batch-size", 32, "--lr", 0.05, "--widths", 16, 32, 64, "--device", "cpu")
-    out = tmp_path / "runs" / "cnn"
-    summary = json.loads((out / "summary.json").read_text())
-    assert summary["test"]["accuracy"] > 0.55  # chance is 0.1
-    assert set(summary) == {"script", "data", "options", "test", "seconds", "versions"}
-    assert summary["data"] == "synthetic" and len(summary["test"]["per_class"]) == 10
-    rows = list(csv.DictReader((out / "history.csv").open()))
+
+def test_it_learns_writes_everything_and_predicts(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(str(tmp_path))
+    done = run("cnn.py", *LEARN, "--device", "cpu")
+    assert summary()["accuracy"] > 0.55  # chance is 0.1
+    assert f"accuracy {summary()['accuracy']:.2%}" in done.stdout and done.stderr == ""
+    rows = list(csv.DictReader(Path("runs/cnn/history.csv").open()))
     assert [row["epoch"] for row in rows] == list("12345")
-    assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+    assert float(rows[4]["train_loss"]) < float(rows[0]["train_loss"])
     assert 0 <= float(rows[0]["clipped"]) <= 1 and float(rows[0]["gradient_norm"]) > 0
     for plot in ("curves", "confusion", "predictions"):
-        with Image.open(str(out / f"{plot}.png")) as image:
+        with Image.open(f"runs/cnn/{plot}.png") as image:
             assert min(image.size) > 100
-    assert f"accuracy {summary['test']['accuracy']:.2%}" in done.stdout
-    assert "epoch  5/5" in done.stdout and done.stderr == ""
 
     shapes = cnn.synthetic_shapes(40, size=32, seed=99)
     names = [f"{i}.png" for i in range(40)]
     for name, image in zip(names, shapes.images):
-        save(tmp_path / name, image)
+        save(Path(name), image)
     predicted = run("cnn.py", "--predict", *names).stdout
-    cells = [line.split("\t") for line in predicted.splitlines()]
-    correct = [cell[1] == list(cnn.SHAPES)[label] for cell, label in zip(cells, shapes.labels)]
-    assert [cell[0] for cell in cells] == names and np.mean(correct) > 0.4
-    assert all(0.1 <= float(cell[2]) <= 1 for cell in cells)
+    files, classes, probabilities = zip(*(line.split("\t") for line in predicted.splitlines()))
+    assert list(files) == names and min(map(float, probabilities)) >= 0.1
+    expected = [list(cnn.SHAPES)[label] for label in shapes.labels]
+    assert sum(map(str.__eq__, classes, expected)) > 16
     assert run("cnn.py", "--predict", "-", stdin="\n".join(names)).stdout == predicted
     assert run("cnn.py", "--predict", "-").stdout == ""
     assert "no.png: " in run("cnn.py", "--predict", "no.png", status=2).stderr
@@ -281,7 +270,6 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
 
 
 @pytest.mark.parametrize("options, message", [
-    (["--epochs", 0], "argument --epochs: 0 is not from 1 to 1000000000"),
     (["--widths", 64, 128], "argument --widths: expected 3 arguments"),
     (["--size", 30], "--size must be a multiple of 8"),
     (["--device", "warp"], "--device warp: not found by this PyTorch; try --device auto"),
@@ -294,7 +282,6 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
     ([*TINY, "--lr", 1e9, "--clip", "inf", "--no-batch-norm"],
      "the loss or its gradient is not finite; start again with a lower --lr or --clip (the "
      "checkpoint of the epoch before is kept)"),
-    (["--compil"], "unrecognized arguments: --compil"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(run, options, message):
     assert run("cnn.py", *options, status=2).stderr == f"cnn.py: error: {message}\n"
@@ -305,7 +292,5 @@ def test_a_mistake_is_one_line_and_exit_status_2(run, options, message):
     ["--precision", "auto"], ["--precision", "float32"], ["--precision", "bfloat16"],
     ["--compile"]])
 def test_it_trains_on_cuda(run, tmp_path, options):
-    run("cnn.py", "--data", "synthetic", "--synthetic-size", 4000, "--epochs", 5,
-        "--batch-size", 32, "--lr", 0.05, "--device", "cuda", *options)
-    summary = json.loads((tmp_path / "runs" / "cnn" / "summary.json").read_text())
-    assert summary["test"]["accuracy"] > 0.55
+    run("cnn.py", *LEARN, "--device", "cuda", *options)
+    assert summary(tmp_path / "runs" / "cnn")["accuracy"] > 0.55

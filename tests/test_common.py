@@ -108,7 +108,7 @@ def test_batches_of_an_epoch_are_full_shuffled_and_dealt_out(monkeypatch):
         monkeypatch.setattr(common, "RANK", rank)
         shares.append(common.shuffled_batches(11, 4, 0, 1))
     assert torch.stack(shares, 2).flatten(1).equal(batches)
-    with pytest.raises(common.UserError, match="each of 2 processes needs at least 2 examples"):
+    with pytest.raises(common.UserError, match="a step needs at least 4 training examples"):
         common.shuffled_batches(11, 3, 0, 1)
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, how):
     path = tmp_path / "last.pt"
     common.save_checkpoint(path, {"script": "x.py", "weights": torch.rand(500)})
     spoil(path, how)
-    with pytest.raises(common.UserError, match="last.pt is damaged, or no checkpoint: "):
+    with pytest.raises(common.UserError, match="last.pt is damaged or not a checkpoint: "):
         common.load_checkpoint(path, "x.py")
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_checkpoint_is_one_line(tmp_path, how):
 def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
     monkeypatch.chdir(str(tmp_path))
     common.save_checkpoint(tmp_path / "last.pt", {"script": "x.py", "weights": Payload()})
-    with pytest.raises(common.UserError, match="is damaged, or no checkpoint"):
+    with pytest.raises(common.UserError, match="is damaged or not a checkpoint"):
         common.load_checkpoint(tmp_path / "last.pt", "x.py")
     assert not (tmp_path / "ran").exists()
 
@@ -216,31 +216,41 @@ def test_an_earlier_run_is_moved_aside_and_a_link_stays_one(tmp_path, monkeypatc
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
     monkeypatch.setattr(common, "lock", lambda folder: None)  # it would last as long as this test
-    hold(Namespace(out=out, resume=False, note="old"))
-    assert hold(Namespace(out=out, resume=True, note="old")) == tmp_path / "run"
+    hold(Namespace(out=out, resume=False, subfolder=".", note="old"))
+    assert hold(Namespace(out=out, resume=True, subfolder=".", note="old")) == tmp_path / "run"
     with pytest.warns(UserWarning, match=f"--out {out} held another run, which is now in ") as seen:
-        hold(Namespace(out=out, resume=False, note="new"))
+        hold(Namespace(out=out, resume=False, subfolder=".", note="new"))
     moved = Path(str(seen[0].message).split(" now in ")[1])
     assert (moved / "best.pt").read_text() == "old"
     assert (tmp_path / "run" / "best.pt").read_text() == "new"
     assert (tmp_path / "link").is_symlink()
 
 
-@pytest.mark.skipif(common.fcntl is None, reason="no file locks")
+@pytest.mark.parametrize("out", [".", "..", "/"])
+def test_a_folder_that_holds_more_than_a_run_is_never_moved(tmp_path, monkeypatch, out):
+    monkeypatch.chdir(str(tmp_path))
+    (tmp_path / "best.pt").write_text("")
+    with pytest.raises(common.UserError, match="holds more than a run"):
+        hold(Namespace(out=out, resume=False, subfolder=".", note="new"))
+    assert (tmp_path / "best.pt").exists()
+
+
 def test_a_folder_in_use_is_refused_by_any_name_and_leaves_no_file(tmp_path):
+    pytest.importorskip("fcntl")
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
     common.lock(tmp_path / "run")
-    with pytest.raises(common.UserError, match="another run is writing there"):
+    with pytest.raises(common.UserError, match="another run is using this folder"):
         common.lock(tmp_path / "link")
     assert os.listdir(str(tmp_path / "run")) == []
 
 
-@pytest.mark.skipif(common.fcntl is None, reason="no file locks")
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
     def missing(*_):
         raise OSError(38, "Function not implemented")
-    monkeypatch.setattr(common.fcntl, "flock", missing)
+    monkeypatch.setattr(fcntl, "flock", missing)
     with pytest.warns(UserWarning, match="cannot be locked"):
         common.lock(tmp_path)
 
@@ -251,7 +261,7 @@ sys.path.insert(0, {root!r})
 import common
 from argparse import Namespace
 def main():
-    with common.run_folder(Namespace(out="my run", resume=False)) as folder:
+    with common.run_folder(Namespace(out="my run", resume=False, subfolder=".")) as folder:
         (folder / "last.pt").touch()
         os.kill(os.getpid(), {signal})
         time.sleep(9)
@@ -333,8 +343,8 @@ def test_tables_are_read_by_the_names_of_their_columns(tmp_path, text):
     ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; a text with a "
                                         "comma in it needs quotation marks around it"),
     ("text,label\na,x\nb\n", "line 3: 1 cells, but 2 in the first line"),
-    ("text,label\na,x\n , y\n", "line 3: an empty cell, or a second header"),
-    ("text,label\na,x\ntext,label\n", "line 3: an empty cell, or a second header"),
+    ("text,label\na,x\n , y\n", "line 3: an empty cell or a repeated header"),
+    ("text,label\na,x\ntext,label\n", "line 3: an empty cell or a repeated header"),
     (b"PK\x03\x04\xff\xfe", ": not a text file in UTF-8 (but perhaps .xlsx or .gz)"),
     ('text,label\n"a,x\n', "line 2: unexpected end of data"),
 ])
@@ -362,7 +372,7 @@ def test_equal_contents_are_in_the_same_tenth_and_groups_are_spread_evenly():
 def test_prediction_inputs_come_from_arguments_or_lines(tmp_path, monkeypatch):
     monkeypatch.chdir(str(tmp_path))
     Path("reviews.txt").write_text("")
-    with pytest.warns(UserWarning, match="reviews.txt is taken as a text"):
+    with pytest.warns(UserWarning, match="reviews.txt is read as text"):
         assert common.prediction_inputs(["reviews.txt"]) == ["reviews.txt"]
 
 
@@ -461,6 +471,9 @@ def test_no_image_is_in_two_sets():
     assert len(values["test"]) == len(values["val"]) == 6
     given = {"train": (images[:60], labels[:60]), "test": (images[50:70], labels[50:70])}
     common.complete_sets(given, seed=0)
+    with pytest.raises(common.UserError, match="no image is left for the val set"):
+        common.complete_sets({"train": (images, labels), "test": (images, labels),
+                              "val": (images, labels)}, seed=0)
     assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40
 
 

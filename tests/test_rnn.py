@@ -275,40 +275,32 @@ def test_a_measure_counts_whole_answers_and_tokens():
     assert result["token_accuracy"] == pytest.approx(1 - 3 / (6 + 6 + 4 + 6))
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
 def test_gradient_norms_are_those_of_a_loop_over_the_steps(cell):
     torch.manual_seed(0)
-    model = rnn.RNNClassifier(6, 3, hidden=4, cell=cell, backend="scratch", layers=1)
-    model.double().eval()
+    model = rnn.RNNClassifier(6, 3, hidden=4, cell=cell, backend="scratch").double().eval()
     inputs, targets = torch.randint(3, 6, (1, 5)), torch.tensor([[1]])
-    states = []
+    # The state after each step, of both layers; a loop over the steps.
+    states = [torch.zeros(2, 1, 4).double()]
     for x in model.embedding(inputs.t()):
-        _, state = model.layers(x[None], states[-1] if states else None)
-        states.append(state)
-    hidden = states[-1][0][-1] if cell == "lstm" else states[-1][-1]
-    loss = rnn.cross_entropy(model.output(model.batch_norm(hidden)), targets)
-    norms = []
-    for state in states[:-1]:
-        parts = state if cell == "lstm" else (state,)
-        gradients = torch.autograd.grad(loss, parts, retain_graph=True)
-        norms.append(torch.stack(gradients).norm().item())
-    measured = rnn.gradient_norms(model, inputs, targets)
-    ratios = [norm / norms[-1] for norm in reversed(norms)]
-    assert (measured / measured[0]).tolist() == pytest.approx(ratios)
+        states.append(model.layers(x[None], states[-1])[1])
+    loss = rnn.cross_entropy(model.output(model.batch_norm(states[-1][1])), targets)
+    gradients = torch.autograd.grad(loss, states[1:])
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run):
     done = run("rnn.py", *SMALL, "--lr", 1e9, "--weight-decay", 1e9, "--clip", "inf", "--tasks",
                "classify", status=2)
-    assert done.stderr.count("\n") == 1 and "lower --lr" in done.stderr
+    assert "lower --lr" in done.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- Own texts
 
 
 def test_own_texts_and_prediction(run, tmp_path):
-    rows = [("Bad, very bad" if i % 2 else "a GOOD film") for i in range(120)]
-    rows = [(f"{text} {i % 40}", "thumbs\tdown" if i % 2 else "up") for i, text in enumerate(rows)]
+    rows = []
+    for i in range(60):
+        rows += [(f"a GOOD film {i}", "up"), (f"Bad, very bad {i}", "thumbs\tdown")]
     write_table(tmp_path / "a.csv", rows)
     done = run("rnn.py", "--data", "a.csv", "--tokens", "words", "--epochs", 6, "--hidden", 16,
                "--batch-size", 16, "--lr", 0.02)
@@ -317,22 +309,25 @@ def test_own_texts_and_prediction(run, tmp_path):
     assert summary["data"] == "a.csv" and set(summary["test"]) == {"lstm", "gru"}
     assert max(test["accuracy"] for test in summary["test"].values()) == 1.0
     assert {"macro_f1", "largest_class", "per_class"} <= set(summary["test"]["gru"])
-    done = run("rnn.py", "--predict", "-", stdin="\ufeffgood film\r\n\nvery bad\nbad \u4e2d\n")
+    done = run("rnn.py", "--predict", "-",
+               stdin="\ufeffA good film 3\r\n\nbad, VERY bad 5\nbad, very bad \u4e2d\n")
     lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert [line[:2] for line in lines] == [["good film", "up"], ["very bad", "thumbs down"],
-                                            ["bad \u4e2d", "thumbs down"]]
+    assert [line[:2] for line in lines] == [
+        ["A good film 3", "up"], ["bad, VERY bad 5", "thumbs down"],
+        ["bad, very bad \u4e2d", "thumbs down"]]
     assert all(0.5 < float(line[2]) <= 1 for line in lines)
     assert "<unk>" in done.stderr and "\u4e2d" in done.stderr and done.stderr.count("\n") == 1
-    assert run("rnn.py", "--predict", "very bad").stdout == done.stdout.splitlines()[1] + "\n"
+    alone = run("rnn.py", "--predict", "bad, VERY bad 5").stdout
+    assert alone == done.stdout.splitlines()[1] + "\n"
     assert run("rnn.py", "--predict", "").stdout.startswith("\t")
     assert run("rnn.py", "--predict", "-", stdin="").stdout == ""
 
 
 def test_long_texts_are_cut_and_counted(run, tmp_path):
-    rows = [("ab" * 20 * (10 + i % 4) + str(i), "xy"[i % 2]) for i in range(40)]
+    rows = [(str(i) + "ab" * (150 + i), "xy"[i % 2]) for i in range(60)]
     write_table(tmp_path / "a.csv", rows)
     small = ["--epochs", 1, "--hidden", 4, "--cells", "gru", "--batch-size", 8]
     done = run("rnn.py", "--data", "a.csv", *small)
-    assert "40 of 40 texts have more than 400 chars" in done.stderr
+    assert "10 of 60 texts have more than 400 chars" in done.stderr
     done = run("rnn.py", "--predict", "a" * 401, "b")
     assert "1 of 2 texts have more than 400 chars" in done.stderr

@@ -18,14 +18,15 @@ import common
 import transformer
 from transformer import BOS, EOS, PAD, UNK, Transformer, Vocabulary
 
-TINY = ("--synthetic-size", 400, "--d-model", 16, "--d-ff", 32, "--heads", 2, "--layers", 1)
+CPU = torch.device("cpu")
+TINY = ("--synthetic-size", 300, "--d-model", 16, "--d-ff", 32, "--heads", 2, "--layers", 1)
 
 
-def small_model(**options):
-    torch.manual_seed(0)
-    settings = dict(vocabulary=12, d_model=16, heads=4, layers=2, d_ff=24, max_length=10)
-    model = Transformer(**dict(settings, **options))
-    for parameter in model.parameters():  # biases and norms, too, should matter
+def small_model(seed=0, max_length=10):
+    """A model of 12 tokens whose biases and norms matter, too."""
+    torch.manual_seed(seed)
+    model = Transformer(12, max_length, d_model=16, d_ff=24)
+    for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
     return model.eval()
 
@@ -33,108 +34,90 @@ def small_model(**options):
 def padded_source():
     torch.manual_seed(1)
     source = torch.randint(4, 12, (3, 7))
-    source[1, 5:], source[2, 2:] = PAD, PAD
-    return source, (source != PAD)[:, None, None, :]
+    source[1, 5:] = PAD
+    source[2, 2:] = PAD
+    return source
 
 
 # ---------------------------------------------------------------- Model
 
 
-@pytest.mark.parametrize("causal", (False, True))
-@pytest.mark.parametrize("padding", (False, True))
-def test_plain_and_fused_attention_agree(causal, padding):
-    if not common.FUSED_ATTENTION:
-        pytest.skip("this PyTorch has no fused attention")
+def test_attention_is_that_of_pytorch():
     query, key, value = torch.randn(3, 2, 4, 5, 8)
-    mask = torch.ones(5, 5).tril().bool() if causal else torch.ones(5, 5).bool()
-    if padding:
-        mask = mask & torch.tensor([True, True, True, False, False])
-    plain, weights = transformer.scaled_dot_product_attention(query, key, value, mask)
-    assert torch.allclose(plain, F.scaled_dot_product_attention(query, key, value, mask), atol=1e-6)
+    mask = torch.ones(5, 5).tril().bool() & torch.tensor([True, True, True, False, False])
+    output, weights = transformer.attention(query, key, value, mask)
     assert torch.allclose(weights.sum(-1), torch.ones(2, 4, 5))
-    assert (weights[..., ~mask] == 0).all()
+    assert (weights[..., ~mask] == 0).all() and (weights[..., mask] > 0).all()
+    if hasattr(F, "scaled_dot_product_attention"):
+        expected = F.scaled_dot_product_attention(query, key, value, mask)
+        assert torch.allclose(output, expected, atol=1e-6)
 
 
-def test_the_two_paths_of_the_model_agree(monkeypatch):
-    model = small_model()
-    source, mask = padded_source()
-    target = torch.randint(4, 12, (3, 6))
-    fused = model(source, target, mask)
-    monkeypatch.setattr(common, "FUSED_ATTENTION", False)
-    assert torch.allclose(fused, model(source, target, mask), atol=1e-5)
+THEIR_NAMES = {
+    "self_attention": "self_attn", "self_attention.output": "self_attn.out_proj",
+    "cross_attention": "multihead_attn", "cross_attention.output": "multihead_attn.out_proj",
+    "feed_forward.0": "linear1", "feed_forward.2": "linear2",
+    "norm1": "norm1", "norm2": "norm2", "norm3": "norm3"}
 
 
-def reference_layer(layer, pre_norm):
-    """torch.nn's layer with the weights of ours."""
-    kind = (nn.TransformerDecoderLayer if isinstance(layer, transformer.DecoderLayer)
-            else nn.TransformerEncoderLayer)
-    norm_first = {"norm_first": True} if pre_norm else {}
-    reference = kind(16, 4, 24, dropout=0.0, **norm_first)
+def by_their_names(layer, read):
+    """{torch.nn's name: read(parameter)}; it has one projection where we have three."""
     state = {}
-    for name, ours in (("self_attn", "self_attention"), ("multihead_attn", "cross_attention")):
-        if hasattr(layer, ours):
-            attention = getattr(layer, ours)
-            state[f"{name}.in_proj_weight"] = attention.in_proj.weight
-            state[f"{name}.in_proj_bias"] = attention.in_proj.bias
-            state[f"{name}.out_proj.weight"] = attention.out_proj.weight
-            state[f"{name}.out_proj.bias"] = attention.out_proj.bias
-    modules = {"linear1": layer.feed_forward[0], "linear2": layer.feed_forward[-1]}
-    modules.update({f"norm{i}": norm for i, norm in enumerate(layer.norms, 1)})
-    for name, module in modules.items():
-        state[f"{name}.weight"], state[f"{name}.bias"] = module.weight, module.bias
-    reference.load_state_dict({name: tensor.detach() for name, tensor in state.items()})
-    return reference, state
+    for name, module in layer.named_modules():
+        for kind in ("weight", "bias"):
+            if hasattr(module, "query"):
+                parts = [getattr(part, kind) for part in (module.query, module.key, module.value)]
+                state[f"{THEIR_NAMES[name]}.in_proj_{kind}"] = torch.cat(list(map(read, parts)))
+            elif name in THEIR_NAMES:
+                state[f"{THEIR_NAMES[name]}.{kind}"] = read(getattr(module, kind))
+    return state
 
 
-@pytest.mark.parametrize("pre_norm", (False, True))
 @pytest.mark.parametrize("side", ("encoder", "decoder"))
-def test_a_layer_is_that_of_torch_nn(side, pre_norm):
-    """Outputs and the gradients of inputs and weights, padding and causal masks included."""
-    if pre_norm and "norm_first" not in nn.TransformerEncoderLayer.__init__.__code__.co_varnames:
+def test_a_layer_is_that_of_torch_nn(side):
+    """Outputs, and the gradients of inputs and weights, with padding and a causal mask."""
+    kind = {"encoder": nn.TransformerEncoderLayer, "decoder": nn.TransformerDecoderLayer}[side]
+    if "norm_first" not in kind.__init__.__code__.co_varnames:
         pytest.skip("this PyTorch has no pre-norm layers")
-    layer = getattr(small_model(pre_norm=pre_norm), side)[0].train()
-    reference, state = reference_layer(layer, pre_norm)
-    source, mask = padded_source()
-    padding, future = source == PAD, torch.ones(5, 5).triu(1).bool()
-    memory = torch.randn(3, 7, 16, requires_grad=True)
-    x = torch.randn(3, 5, 16, requires_grad=True)
-    their_memory, their_x = (tensor.detach().transpose(0, 1).requires_grad_()
-                             for tensor in (memory, x))
+    layer = getattr(small_model(), side)[0]
+    theirs = kind(16, 4, 24, dropout=0.0, batch_first=True, norm_first=True)
+    theirs.load_state_dict(by_their_names(layer, lambda parameter: parameter.detach()))
+    padding = padded_source() == PAD
+    mask = ~padding[:, None, None, :]
+    memory = torch.randn(3, 7, 16)
+    inputs = [memory.clone().requires_grad_(), memory.clone().requires_grad_()]
     if side == "encoder":
-        ours = layer(memory, mask)
-        theirs = reference(their_memory, src_key_padding_mask=padding)
+        outputs = [layer(inputs[0], mask), theirs(inputs[1], src_key_padding_mask=padding)]
         weights = torch.randn(3, 7, 16) * ~padding[..., None]  # nobody looks at padding
-        inputs = [(memory, their_memory)]
     else:
-        ours = layer(x, {"source": layer.cross_attention.project(memory, 1, 2)}, mask)
-        theirs = reference(their_x, their_memory, tgt_mask=future, memory_key_padding_mask=padding)
+        target = torch.randn(3, 5, 16)
+        causal = torch.ones(5, 5).tril().bool()
+        outputs = [layer(target, inputs[0], causal, mask),
+                   theirs(target, inputs[1], tgt_mask=~causal, memory_key_padding_mask=padding)]
         weights = torch.randn(3, 5, 16)
-        inputs = [(memory, their_memory), (x, their_x)]
-    assert torch.allclose(ours, theirs.transpose(0, 1), atol=1e-5)
-    (ours * weights).sum().backward()
-    (theirs.transpose(0, 1) * weights).sum().backward()
-    for mine, other in inputs:
-        assert torch.allclose(mine.grad, other.grad.transpose(0, 1), atol=1e-5)
-    gradients = dict(reference.named_parameters())
-    for name, parameter in state.items():
-        assert torch.allclose(parameter.grad, gradients[name].grad, atol=1e-5), name
+    for output in outputs:
+        (output * weights).sum().backward()
+    assert torch.allclose(outputs[0] * weights, outputs[1] * weights, atol=1e-5)
+    assert torch.allclose(inputs[0].grad, inputs[1].grad, atol=1e-5)
+    gradients = by_their_names(layer, lambda parameter: parameter.grad)
+    for name, parameter in theirs.named_parameters():
+        assert torch.allclose(gradients[name], parameter.grad, atol=1e-5), name
 
 
-@pytest.mark.parametrize("pre_norm", (False, True))
-def test_padding_and_later_tokens_change_nothing(pre_norm):
-    model = small_model(pre_norm=pre_norm)
-    source, mask = padded_source()
+def test_padding_and_later_tokens_change_nothing():
+    model = small_model()
+    source = padded_source()
     target = torch.randint(4, 12, (3, 6))
-    logits = model(source, target, mask)
-    alone = model(source[2:, :2], target[2:])
-    assert torch.allclose(logits[2:], alone, atol=1e-5)
+    logits = model(source, target)
+    assert torch.allclose(logits[2:], model(source[2:, :2], target[2:]), atol=1e-5)
     changed = target.clone()
     changed[:, 4:] = UNK
-    assert torch.allclose(logits[:, :4], model(source, changed, mask)[:, :4], atol=1e-6)
-    assert not torch.allclose(logits[:, 4], model(source, changed, mask)[:, 4], atol=1e-3)
+    after = model(source, changed)
+    assert torch.allclose(logits[:, :4], after[:, :4], atol=1e-6)
+    assert not torch.allclose(logits[:, 4], after[:, 4], atol=1e-3)
 
 
-def test_positional_encoding_by_the_papers_formula():
+def test_positions_are_by_the_paper_s_formula():
     table = transformer.sinusoidal_positions(40, 16)
     for position, i in ((0, 0), (7, 2), (39, 7)):
         angle = position / 10000**(2 * i / 16)
@@ -142,102 +125,61 @@ def test_positional_encoding_by_the_papers_formula():
         assert table[position, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-def test_the_output_shares_the_embedding():
-    names = {name for name, _ in small_model().named_parameters()}
-    assert sum("embedding" in name for name in names) == 1
-    assert not any(name.startswith("output") for name in names)
+def test_source_target_and_output_share_one_embedding():
+    shapes = [parameter.shape for parameter in small_model().parameters()]
+    assert [shape for shape in shapes if 12 in shape] == [(12, 16)]
 
 
 # ---------------------------------------------------------------- Decoding
 
 
-def search_without_cache(model, source, mask, beam):
-    """Beam search for one source in plain Python, each step from the beginning."""
-    limit = len(model.positions) - 1
-    beams = [(0.0, 0.0, [])]
-
-    def ranked(total, tokens):
-        return total / ((5 + len(tokens)) / 6)**0.6
-    for _ in range(limit):
-        candidates = []
-        for score, total, tokens in beams:
-            if tokens and tokens[-1] == EOS:
-                candidates.append((score, total, tokens))
-                continue
-            logits = model(source, torch.tensor([[BOS, *tokens]]), mask)[0, -1]
-            for token, value in enumerate(F.log_softmax(logits, 0).tolist()):
-                if token not in (PAD, BOS):
-                    new = tokens + [token]
-                    candidates.append((ranked(total + value, new), total + value, new))
-        beams = sorted(candidates, key=lambda entry: -entry[0])[:beam]
-    best = beams[0]
-    return best[0], best[1], best[2][:-1] if best[2][-1] == EOS else best[2]
-
-
-@pytest.mark.parametrize("pre_norm", (False, True))
-@pytest.mark.parametrize("beam", (1, 3))
-def test_search_with_the_cache_is_search_without(beam, pre_norm):
-    model = small_model(pre_norm=pre_norm)
-    model.embedding.weight.data[EOS] *= 1.5  # so that some end early
-    with torch.no_grad():
-        torch.manual_seed(3)
-        source = torch.randint(4, 12, (6, 7))
-        source[1, 5:], source[2, 2:], source[5, 1:] = PAD, PAD, PAD
-        mask = (source != PAD)[:, None, None, :]
-        found = transformer.beam_search(model, source, mask, beam)
-        for i in range(len(source)):
-            row, row_mask = source[i:i + 1], mask[i:i + 1]
-            expected = search_without_cache(model, row, row_mask, beam)
-            if beam > 1:
-                expected = max(expected, search_without_cache(model, row, row_mask, 1))
-            assert found[i][2] == expected[2]
-            assert found[i][:2] == pytest.approx(expected[:2], abs=1e-4)
-
-
 def test_the_cache_gives_the_logits_of_the_whole_prefix():
-    model = small_model(max_length=70)
-    source, mask = padded_source()
-    target = torch.randint(4, 12, (3, 70))
+    model = small_model(max_length=40)
+    source = padded_source()
+    target = torch.randint(4, 12, (3, 40))
     with torch.no_grad():
-        whole = model(source, target, mask)
-        caches = model.encode(source, mask)
-        steps = [model.decode(target[:, t:t + 1], caches, mask, t) for t in range(70)]
+        whole = model(source, target)
+        memory, mask = model.encode(source)
+        cache = {}
+        steps = []
+        for position in range(40):
+            token = target[:, position:position + 1]
+            steps.append(model.decode(token, memory, mask, cache, position))
+            memory = None
     assert torch.allclose(whole, torch.cat(steps, 1), atol=1e-5)
 
 
-def test_a_beam_is_never_worse_than_greedy():
-    model = small_model()
-    source = torch.randint(4, 12, (50, 6))
-    greedy = transformer.beam_search(model, source)
-    wider = transformer.beam_search(model, source, beam=4)
-    assert all(b[0] >= a[0] for a, b in zip(greedy, wider))
-    assert any(b[0] > a[0] + 0.1 for a, b in zip(greedy, wider))
+@torch.no_grad()
+def search_without_cache(model, source, beam):
+    """Beam search for one source in plain Python, each step from the beginning."""
+    beams = [(0.0, [])]
+    for _ in range(len(model.positions)):
+        candidates = []
+        for total, tokens in beams:
+            if EOS in tokens:
+                candidates.append((total, tokens))
+                continue
+            logits = model(source, torch.tensor([[BOS, *tokens]]))[0, -1]
+            for token, value in enumerate(F.log_softmax(logits, 0).tolist()):
+                if token != PAD:
+                    candidates.append((total + value, [*tokens, token]))
+        beams = sorted(candidates, reverse=True)[:beam]
+    return beams[0]
 
 
-@pytest.mark.parametrize("beam, positions", ((1, 3), (3, 2)))
-def test_sources_that_have_ended_leave_the_batch_and_change_nothing(beam, positions, monkeypatch):
-    model, sizes = small_model(max_length=40), []
-    model.embedding.weight.data[EOS] *= 2.5  # so that, with positions that matter more,
-    model.positions *= positions  # most end after 9 to 34 tokens and some never do
-    torch.manual_seed(0)
-    source = torch.randint(4, 12, (30, 6))
-    source[::2, 3:] = PAD
-    mask = (source != PAD)[:, None, None, :]
-    alone = [transformer.beam_search(model, source[i:i + 1], mask[i:i + 1], beam)[0]
-             for i in range(30)]
-    lengths = {len(row) for *_, row in alone}
-    assert 40 in lengths and len(lengths) >= 3
-    decode = model.decode
-
-    def count(tokens, *rest):
-        sizes.append(len(tokens))
-        return decode(tokens, *rest)
-    monkeypatch.setattr(model, "decode", count)
-    together = transformer.beam_search(model, source, mask, beam)
-    assert [row for *_, row in together] == [row for *_, row in alone]
-    for ours, theirs in zip(together, alone):
-        assert ours[:2] == pytest.approx(theirs[:2], abs=1e-4)
-    assert max(sizes) == 30 * beam and sizes[-1] <= 30 * beam / 2
+@pytest.mark.parametrize("beam", (1, 3))
+def test_search_with_the_cache_is_search_without(beam):
+    model = small_model(seed=9)
+    model.positions *= 2  # so that some targets end early, some late, and one never
+    torch.manual_seed(3)
+    source = torch.randint(4, 12, (6, 7))
+    source[1, 5:] = source[2, 2:] = source[5, 1:] = PAD
+    tokens, log_probabilities = transformer.beam_search(model, source, beam)
+    rows = [[token for token in row if token != PAD] for row in tokens.tolist()]
+    expected = [search_without_cache(model, source[i:i + 1], beam) for i in range(6)]
+    assert rows == [row for _, row in expected]
+    assert log_probabilities.tolist() == pytest.approx([total for total, _ in expected], abs=1e-4)
+    assert len(set(map(len, rows))) >= 3
 
 
 @pytest.mark.parametrize("a, b, distance", (
@@ -246,18 +188,51 @@ def test_edit_distance(a, b, distance):
     assert transformer.edit_distance(a, b) == transformer.edit_distance(b, a) == distance
 
 
-def test_cross_entropy_counts_no_padding():
-    logits = torch.randn(2, 3, 5)
-    tokens = torch.tensor([[1, 4, 2], [3, PAD, PAD]])
-    kept = tokens != PAD
-    loss, count, right = transformer.cross_entropy(logits, tokens)
-    assert torch.allclose(loss, F.cross_entropy(logits[kept], tokens[kept]))
-    assert count == 4 and right == (logits.argmax(-1) == tokens)[kept].sum()
-    smoothed = transformer.cross_entropy(logits, tokens, 0.2)[0].item()
-    spread = torch.full((4, 5), 0.2 / 5)
-    spread[range(4), tokens[kept]] += 0.8
-    expected = -(spread * F.log_softmax(logits[kept], -1)).sum(1).mean()
-    assert smoothed == pytest.approx(expected.item(), abs=1e-6)
+# ---------------------------------------------------------------- Training and evaluation
+
+
+def test_label_smoothing_is_cross_entropy_with_smoothed_targets():
+    logits = torch.randn(4, 5)
+    labels = torch.tensor([1, 4, 2, 3])
+    assert torch.allclose(transformer.cross_entropy(logits, labels), F.cross_entropy(logits, labels))
+    smoothed = torch.full((4, 5), 0.2 / 5)
+    smoothed[range(4), labels] += 0.8
+    expected = -(smoothed * F.log_softmax(logits, 1)).sum(1).mean()
+    assert torch.allclose(transformer.cross_entropy(logits, labels, 0.2), expected)
+
+
+def test_a_small_model_learns_to_reverse():
+    """Three letters of five, from examples of the task."""
+    torch.manual_seed(0)
+    model = Transformer(9, max_length=8, d_model=32, layers=1, d_ff=64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(300):
+        source = torch.randint(4, 9, (64, 4))
+        source[:, 3] = EOS
+        target = torch.cat([source[:, :3].flip(1), source[:, 3:]], 1)
+        logits = model(source, transformer.shift_right(target))
+        loss = transformer.cross_entropy(logits.flatten(0, 1), target.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    written, _ = transformer.beam_search(model.eval(), source)
+    assert (written[:, :4] == target).all(1).sum() >= 60
+
+
+def test_measure_takes_the_nearest_of_several_targets(monkeypatch):
+    pairs = [(("a",), ("x", "y")), (("a",), ("z",)), (("b",), ("y", "y", "y")), (("b",), ("x",))]
+    answers = {("a",): (("z",), 0.9), ("b",): (("y", "y"), 0.5)}
+    monkeypatch.setattr(transformer, "write_targets",
+                        lambda model, vocabulary, sources, *_: [answers[s] for s in sources])
+    vocabulary = Vocabulary(["a", "b", "x", "y", "z"])
+    metrics = transformer.measure(small_model(), vocabulary, pairs, CPU)
+    assert metrics["exact_match"] == 1 / 2
+    assert metrics["error_rate"] == 1 / 4  # one "y" is missing; the nearest have 1 + 3 tokens
+    source = vocabulary.encode([source for source, _ in pairs], CPU)
+    target = vocabulary.encode([target for _, target in pairs], CPU)
+    logits = small_model()(source, transformer.shift_right(target)).flatten(0, 1)
+    expected = F.cross_entropy(logits, target.flatten(), ignore_index=PAD)
+    assert metrics["loss"] == pytest.approx(expected.item(), abs=1e-5)
 
 
 # ---------------------------------------------------------------- Data
@@ -267,231 +242,215 @@ def test_cross_entropy_counts_no_padding():
     ("reverse", "abca", "acba"), ("copy", "abca", "abca"), ("sort", "bcaab", "aabbc"),
     ("add", "59+71", "211"), ("add", "9+9", "81")))
 def test_tasks(task, source, target):
-    answer, low, high, _ = transformer.TASKS[task]
-    assert answer(source) == target
-    pairs = transformer.synthetic_pairs(task, 300, low, high, seed=5)
-    assert pairs == transformer.synthetic_pairs(task, 300, low, high, seed=5)
-    assert pairs != transformer.synthetic_pairs(task, 300, low, high, seed=6)
-    assert len(pairs) == 300
-    for source, targets in pairs.items():
-        assert "".join(targets[0]) == answer("".join(source))
-        parts = "".join(source).split("+")
-        assert all(low <= len(part) <= high for part in parts)
+    assert transformer.TASKS[task](source) == target
+    pairs = transformer.synthetic_pairs(task, 300, 2, 6, seed=5)
+    assert pairs == transformer.synthetic_pairs(task, 300, 2, 6, seed=5)
+    assert pairs != transformer.synthetic_pairs(task, 300, 2, 6, seed=6)
+    assert len(dict(pairs)) == 300
+    for source, target in pairs:
+        parts = source.split("+")
+        assert all(2 <= len(part) <= 6 for part in parts)
+        assert target == transformer.TASKS[task](source)
         if task == "add":
-            assert "".join(targets[0])[::-1] == str(sum(int(part[::-1]) for part in parts))
+            assert int(target[::-1]) == sum(int(part[::-1]) for part in parts)
 
 
-def test_batches_hold_every_pair_once_within_the_budget():
+def test_batches_hold_every_pair_once_with_others_of_its_length(monkeypatch):
     random.seed(0)
-    pairs = [(torch.ones(random.randint(1, 9)), torch.ones(random.randint(1, 9)))
-             for _ in range(500)]
-    counts = set()
-    for shuffle in (False, True, True):
-        result = transformer.batches(pairs, 100, shuffle)
-        assert sorted(i for batch in result for i in batch) == list(range(500))
-        for batch in result:
-            widths = [max(len(pairs[i][side]) for i in batch) for side in (0, 1)]
-            assert len(batch) * sum(widths) <= 100
-            assert len({len(pairs[i][0]) for i in batch}) <= 2
-        counts.add(len(result))
-    assert len(counts) == 1
-    assert transformer.batches(pairs, 1) and transformer.batches([], 5) == [[]]
+    pairs = [("a" * random.randint(1, 9), "b" * random.randint(1, 9)) for _ in range(500)]
+    batches = transformer.similar_length_batches(pairs, 16, 0, 1)
+    assert sorted(i for batch in batches for i in batch) == list(range(500))
+    assert len(batches) == math.ceil(500 / 16)
+    for batch in batches:
+        assert 15 <= len(batch) <= 16
+        assert len({len(pairs[i][0]) for i in batch}) <= 2
+    other = transformer.similar_length_batches(pairs, 16, 0, 2)
+    assert set(map(frozenset, other)) != set(map(frozenset, batches))
+    monkeypatch.setattr(common, "WORLD", 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(common, "RANK", rank)
+        shares.append(transformer.similar_length_batches(pairs, 16, 0, 1))
+    for batch, *parts in zip(batches, *shares):
+        assert sorted(batch) == sorted(i for part in parts for i in part)
+    assert min(map(len, transformer.similar_length_batches(pairs, 2, 0))) >= 1
 
 
 def test_vocabulary_keeps_its_own_tokens_apart_from_the_texts():
-    vocabulary = Vocabulary({"b", "a", "<eos>"})
-    source, target = vocabulary.encode(["<eos>", "a", "never"], ["b"])
-    assert source.tolist() == [4, 5, UNK, EOS] and target.tolist() == [BOS, 6, EOS]
-    assert all(tensor.dtype == torch.int64 for tensor in (source, target))
-    assert vocabulary.tokens[4] == "<eos>"
+    vocabulary = Vocabulary(["<eos>", "a", "b"])
+    encoded = vocabulary.encode([("<eos>", "a", "never"), ("b",)], CPU)
+    assert encoded.tolist() == [[4, 5, UNK, EOS], [6, EOS, PAD, PAD]]
+    assert vocabulary.decode([4, 5, EOS, 6]) == ("<eos>", "a")
+    assert vocabulary.decode([6, 6]) == ("b", "b")
 
 
 def write(path, text):
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def load(path, *options):
+    arguments = ["--data", path, *map(str, options)]
+    return transformer.load_data(transformer.build_parser().parse_args(arguments))
 
 
 ROWS = [(f"in {i}", f"out {i}") for i in range(20)]
 
 
 @pytest.mark.parametrize("content", (
-    "\n".join(map("\t".join, ROWS)) + "\n",
-    "\r\n".join(map(",".join, ROWS)),
-    "\ufefftarget,n,source\n" + "".join(f'"{b}",1,"{a}"\n' for a, b in ROWS),
-    "source\ttarget\n\n" + "".join(f"{a}\t {b}  \n" for a, b in ROWS)))
-def test_read_pairs(tmp_path, content):
-    pairs = transformer.read_pairs(write(tmp_path / "pairs", content), ("words", "chars"), 50)
-    assert pairs == {tuple(a.split()): [tuple(b)] for a, b in ROWS}
-
-
-def test_several_targets_of_a_source_stay_together(tmp_path):
-    lines = [f"{a}\t{b}{again}" for again in ("", "x", "x") for a, b in ROWS]
-    path = write(tmp_path / "pairs.tsv", "\n".join(lines))
-    pairs = transformer.read_pairs(path, ("words", "words"), 50)
-    assert pairs[("in", "3")] == [("out", "3"), ("out", "3x")]
-    parser = common.option_parser("x", "", "", data=path, out="", epochs=1, batch_size=1, lr=1,
-                                  weight_decay=0, clip=0, patience=1)
-    parser.set_defaults(source_tokens="words", target_tokens="words", max_length=50)
-    data = transformer.load_data(parser.parse_args([]))
-    parts = [set(part) for part in (data.train, data.validation, data.test)]
-    assert [len(part) for part in parts] == [16, 2, 2]
-    assert len(set.union(*parts)) == 20
-    assert all(len(targets) == 2 for targets in data.test.values())
-
-
-@pytest.mark.parametrize("content, words", (
-    ("a,b\n", "1 different"), ("", "0 different"), ("source,target\n", "0 different"),
-    ("ab\ncd\n", "line 1"), ("a\tb\nc\n", "line 2"), ("a\tb\nc\t \n", "line 2"),
-    (b"a\tb\nc\t\xff\n", "line 2 is not UTF-8"), ("a\tb\nc\t" + "d" * 51, "line 2 has more"),
-    ("a,b\n" + "x" * 200000 + ",y\n", "field larger")))
-def test_bad_files(tmp_path, content, words):
+    "source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS),
+    "Target, SOURCE\r\n" + "".join(f'"{b}",{a}\r\n' for a, b in ROWS),
+    "\ufefftarget,n,source\n" + "".join(f'"{b}",1," {a}  "\n' for a, b in ROWS)))
+def test_a_table_is_read_by_the_names_of_its_columns(tmp_path, content):
     path = write(tmp_path / "pairs", content)
+    data = load(path, "--source-tokens", "words")
+    pairs = {(tuple(a.split()), tuple(b)) for a, b in ROWS}
+    assert set(data.train + data.validation + data.test) == pairs
+    assert data.longest == len("out 10")
+
+
+def test_all_targets_of_a_source_are_in_one_set(tmp_path):
+    lines = [f"{a}\t{b}{end}" for end in ("", "x", "x") for a, b in ROWS]
+    path = write(tmp_path / "pairs.tsv", "source\ttarget\n" + "\n".join(lines))
+    data = load(path, "--source-tokens", "words", "--target-tokens", "words")
+    sets = [{source for source, _ in pairs} for pairs in (data.train, data.validation, data.test)]
+    assert [len(sources) for sources in sets] == [16, 2, 2]
+    assert len(set.union(*sets)) == 20
+    assert len(data.train) == 48
+    assert "x" not in data.vocabulary.tokens  # words, not characters
+
+
+@pytest.mark.parametrize("content, message", (
+    ("source\ttarget\n" + "a\tb\n" * 20, "at least 10 different sources are needed"),
+    ("".join(f"{a}\t{b}\n" for a, b in ROWS), "must name the columns source and target"),
+    ("source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS) + "long one\t" + "x" * 300,
+     "pairs of up to 300 tokens, such as that of long one; shorten them, or raise --max-length")))
+def test_files_that_cannot_be_used(tmp_path, content, message):
+    path = write(tmp_path / "pairs.tsv", content)
     with pytest.raises(common.UserError) as error:
-        transformer.read_pairs(path, ("chars", "chars"), 50)
-    assert words in str(error.value) and path in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize("options", (
-    ("--data", "nowhere.csv"), ("--d-model", 30), ("--d-model", 9, "--heads", 3), ("--heads", 0),
-    ("--task", "divide"), ("--predict", "a"), ("--resume",), ("--dropout", 1), ("--data", ".")))
-def test_bad_options(options, monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["transformer.py", *map(str, options)])
-    with pytest.raises(SystemExit) as stop:
-        common.run_main(transformer.main)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("transformer.py: error: ") and message.count("\n") == 1
+        load(path)
+    assert message in str(error.value) and f"--data {path}" in str(error.value)
 
 
 # ---------------------------------------------------------------- Command line
 
 
-STOPPED = """
-import os, signal, sys
+@pytest.mark.parametrize("options, message", (
+    (("--data", "nowhere.csv"), "nowhere.csv"),
+    (("--d-model", 30), "--d-model must be even, and a multiple of --heads"),
+    (("--d-model", 9, "--heads", 3), "--d-model must be even, and a multiple of --heads"),
+    (("--heads", 0), "--heads"), (("--task", "divide"), "--task"), (("--dropout", 1), "--dropout"),
+    (("--predict", "a"), "train first"), (("--resume",), "train first")))
+def test_mistakes_are_one_line(options, message, run):
+    done = run("transformer.py", *options, status=2)
+    assert done.stderr.startswith("transformer.py: error: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr and done.stdout == ""
+
+
+# What `python transformer.py` runs, but interrupted when the first epoch has been saved.
+INTERRUPTED = """
+import sys
 sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
 import common, transformer
-save = common.save_checkpoint
-def save_and_stop(path, checkpoint):
-    save(path, checkpoint)
-    if path.name == "last.pt":
-        os.kill(os.getpid(), signal.SIGTERM)
-common.save_checkpoint = save_and_stop
+save = common.save_epoch
+def save_and_stop(*arguments):
+    save(*arguments)
+    raise KeyboardInterrupt
+common.save_epoch = save_and_stop
 common.run_main(transformer.main)
 """
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a short run in out/, and the same in stopped/, sent SIGTERM after an epoch."""
+    """A folder with a run in out/, and the same in stopped/, interrupted after its first epoch."""
     folder = tmp_path_factory.mktemp("trained")
-    for out, how, status in (("out", [], 0), ("stopped", ["-c", STOPPED], 143)):
-        command = [sys.executable, *how, str(ROOT / "transformer.py"), *map(str, TINY), "--epochs",
-                   "3", "--out", out]
+    options = [*map(str, TINY), "--epochs", "3", "--dropout", "0.1"]
+    script = str(ROOT / "transformer.py")
+    for out, how, status in (("out", [], 0), ("stopped", ["-c", INTERRUPTED], 130)):
+        command = [sys.executable, *how, script, *options, "--out", out]
         done = subprocess.run(command, cwd=str(folder), stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, universal_newlines=True, timeout=300)
         assert done.returncode == status, done.stdout
-        assert ("--resume" in done.stdout) == (status == 143)
-        if status == 0:  # the other one names the script by its whole path
-            assert max(map(len, done.stdout.splitlines())) <= 80
+        assert ("--resume" in done.stdout) == (status == 130)
     return folder
 
 
 def test_a_run_writes_what_the_design_says(trained):
-    names = {path.name for path in (trained / "out").iterdir()}
-    assert names == {"last.pt", "best.pt", "history.csv", "summary.json", "curves.png",
-                     "attention.png", "positions.png", "length.png"}
-    summary = json.loads((trained / "out" / "summary.json").read_text())
-    assert summary["script"] == "transformer.py" and summary["data"] == "synthetic reverse"
-    assert {"exact_match", "token_accuracy", "error_rate", "beam", "longer"} <= set(summary["test"])
-    assert summary["test"]["beam"]["worse"] == 0
-    with open(str(trained / "out" / "history.csv")) as file:
+    out = trained / "out"
+    assert {path.name for path in out.iterdir()} == {
+        "last.pt", "best.pt", "history.csv", "summary.json", "curves.png", "attention.png"}
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["script"] == "transformer.py" and summary["data"] == "synthetic"
+    assert {"exact_match", "token_accuracy", "error_rate", "loss"} <= set(summary["test"])
+    with open(str(out / "history.csv")) as file:
         rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[2]["validation_loss"]) < float(rows[0]["validation_loss"])
+    assert all(0 <= float(row["clipped"]) <= 1 < 10 * float(row["gradient_norm"]) for row in rows)
     assert summary["seconds"] == pytest.approx(sum(float(row["seconds"]) for row in rows))
 
 
-def test_resume_ends_with_the_same_weights_bit_for_bit(trained, run):
+def test_a_resumed_run_ends_with_the_same_weights(trained, run):
     history = (trained / "stopped" / "history.csv").read_text().splitlines()
     assert len(history) == 2  # the header and one epoch
     run("transformer.py", "--out", trained / "stopped", "--resume")
-    one, two = (torch.load(str(trained / name / "last.pt")) for name in ("out", "stopped"))
+    one, two = (common.load_checkpoint(trained / name / "last.pt", "transformer.py")
+                for name in ("out", "stopped"))
     assert len(two["history"]) == 3
     for name, tensor in one["model"].items():
         assert torch.equal(tensor, two["model"][name]), name
     done = run("transformer.py", "--out", trained / "stopped", "--resume", "--layers", 2, status=2)
-    assert "--layers" in done.stderr
+    assert "--layers: the run in" in done.stderr and "was started with 1" in done.stderr
 
 
-def test_predict(trained, run):
-    out = ("--out", trained / "out")
-    done = run("transformer.py", *out, "--predict", "abc", "x  y")
-    lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == ["abc", "x y"]
+def predict(run, trained, *texts, **settings):
+    """The cells of each line, and what was said on standard error."""
+    done = run("transformer.py", "--out", trained / "out", "--predict", *texts, **settings)
+    return [line.split("\t") for line in done.stdout.splitlines()], done.stderr
+
+
+def test_predict_answers_each_text_in_a_line(trained, run):
+    lines, warnings = predict(run, trained, "abc", " x \t ü")
+    assert [line[0] for line in lines] == ["abc", "x ü"]
     assert all(len(line) == 3 and 0 <= float(line[2]) <= 1 for line in lines)
-    assert done.stderr.count("never seen") == 1
-    many = "".join(f"{'abcdefgh'[:i % 8 + 1]}\n" for i in range(3000))
-    done = run("transformer.py", *out, "--beam", 1, "--predict", "-", stdin=many)
-    lines = [line.split("\t") for line in done.stdout.splitlines()]
-    assert [line[0] for line in lines] == many.split()
-    assert len({tuple(line) for line in lines}) == 8  # the same whatever it is batched with
-    for stdin, words in (("ok\n" + "a" * 500, "line 2 has 500"), ("a\n\nb", "line 2 has 0")):
-        done = run("transformer.py", *out, "--predict", "-", stdin=stdin, status=2)
-        assert words in done.stderr and done.stdout == ""
+    assert warnings.count("warning") == 1 and "never seen in training" in warnings
+    assert "ü" in warnings
 
 
-def test_predict_runs_freely_alone(trained, monkeypatch, capsys):
-    """No pass under teacher forcing, which predictions do not need."""
-    monkeypatch.setattr(Transformer, "forward", None)
-    monkeypatch.setattr(sys, "argv", ["transformer.py", "--out", str(trained / "out"),
-                                      "--predict", "abc"])
-    transformer.main()
-    assert capsys.readouterr().out.startswith("abc\t")
+def test_predict_reads_lines_whatever_they_are_batched_with(trained, run):
+    many = ["abcdefgh"[:i % 8 + 1] for i in range(1200)]
+    lines, warnings = predict(run, trained, "-", stdin="\ufeff" + "\r\n".join(many) + "\n\n")
+    assert [line[0] for line in lines] == many and warnings == ""
+    assert len({tuple(line[:2]) for line in lines}) == 8
 
 
-def test_predict_gives_back_bytes_that_are_not_utf8(trained):
-    done = subprocess.run([sys.executable, str(ROOT / "transformer.py"), "--out", "out",
-                           "--predict", "-"], cwd=str(trained), input=b"a\n\xff\n",
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert done.returncode == 0
-    assert [line.split(b"\t")[0] for line in done.stdout.splitlines()] == [b"a", b"\xff"]
+def test_predict_says_what_is_wrong(trained, run, tmp_path):
+    lines, message = predict(run, trained, "-", stdin="ok\n" + "a" * 500, status=2)
+    assert lines == [] and "--predict: a text has 500 tokens" in message
+    write(tmp_path / "texts", "abc\n")
+    _, warning = predict(run, trained, "texts")
+    assert "texts is taken as a text" in warning
 
 
 @pytest.mark.parametrize("task", ("copy", "sort", "add"))
 def test_every_task_trains(run, tmp_path, task):
-    run("transformer.py", *TINY, "--task", task, "--epochs", 1, "--heads", 1, "--post-norm",
-        "--beam", 2, "--out", "out")
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["data"] == f"synthetic {task}" and summary["test"]["beam"]["width"] == 2
+    run("transformer.py", *TINY, "--task", task, "--epochs", 1, "--heads", 1, "--beam", 2)
+    summary = json.loads((tmp_path / "runs" / "transformer" / "summary.json").read_text())
+    assert summary["options"]["task"] == task
 
 
-def test_own_data(run, tmp_path):
-    rows = [(f"in {a} {b}", f"{b} {a}") for a in "abcdef" for b in "uvwxyz"]
-    path = write(tmp_path / "pairs.csv", "".join(f"{a},{b}\n" for a, b in rows))
-    run("transformer.py", *TINY, "--data", path, "--source-tokens", "words", "--target-tokens",
-        "words", "--epochs", 2, "--batch-size", 8, "--out", "out")
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["data"] == path
-    done = run("transformer.py", "--out", "out", "--predict", "in  a u")
+def test_own_pairs_of_words(run, tmp_path):
+    rows = [f"in {a} {b},{b} {a}\n" for a in "abcdef" for b in "uvwxyz"]
+    path = write(tmp_path / "pairs.csv", "source,target\n" + "".join(rows))
+    kinds = ("--source-tokens", "words", "--target-tokens", "words")
+    done = run("transformer.py", *TINY, *kinds, "--data", path, "--epochs", 2, "--batch-size", 8)
+    assert "fewer than 30 examples" in done.stderr
+    summary = json.loads((tmp_path / "runs" / "transformer" / "summary.json").read_text())
+    assert summary["data"] == path
+    done = run("transformer.py", "--predict", "in  a u")
     assert done.stdout.startswith("in a u\t")
-
-
-def test_a_small_model_learns_to_copy(tmp_path):
-    """Training itself works: 2 to 4 letters of 5, learned by heart nowhere, in seconds."""
-    torch.manual_seed(0)
-    model = Transformer(9, d_model=32, heads=4, layers=1, d_ff=64, dropout=0, max_length=8)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(300):
-        source = torch.randint(4, 9, (64, 4))
-        source[:, 3] = EOS
-        target = torch.cat([torch.full((64, 1), BOS), source], 1)
-        loss = transformer.cross_entropy(model(source, target[:, :-1]), target[:, 1:])[0]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    found = transformer.beam_search(model.eval(), source)
-    assert sum(row[2] == tokens[:3] for row, tokens in zip(found, source.tolist())) >= 60
 
 
 def test_the_code_in_the_document_is_the_script_s():
