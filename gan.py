@@ -1,12 +1,12 @@
-"""Train a DCGAN to generate images like those it is shown (MNIST digits by default).
+"""Train a DCGAN to generate images like those of a data set (by default, MNIST digits).
 
   python gan.py                    MNIST, or synthetic digits if it cannot be downloaded
   python gan.py --data my_images   your own images, in a folder of any layout
-  python gan.py --sample 100       write 100 images by the trained generator
+  python gan.py --sample 100       generate 100 images with the trained model
 
 Generated images go to images/, plots and checkpoints to runs/gan (--out); with another --out, the
-images go to a folder in it. Without --epochs a run has 60, and fewer with more than 9,000 images.
-gan.md explains every part.
+images go to a folder in it. Without --epochs, a run has 60 epochs, or fewer if there are more than
+9,000 training images. gan.md explains every part.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "Deja
 
 
 class Dataset(NamedTuple):
-    name: str  # the data set really used, as logs and plots call it
+    name: str  # of the data set, for logs and plots
     train: Tensor  # uint8 (N, size, size, channels), as are the other two
     validation: Tensor
     test: Tensor
@@ -61,17 +61,19 @@ def synthetic_digits(count: int, seed: int) -> tuple:
 
 
 def load_folder(args: Namespace) -> tuple:
-    """All images in a folder and its subfolders, uint8 (N, size, size, channels), and a label for
-    each, which is always 0.
+    """Return all images in a folder and its subfolders, uint8 (N, size, size, channels), in random
+    order, and labels that are all 0.
     """
     if not Path(args.data).is_dir():
-        raise common.UserError(f"--data {args.data}: not a folder, nor a data set (see --help)")
+        raise common.UserError(f"--data {args.data}: neither a folder nor a data set (see --help)")
     common.keep_apart(args.data, args.out, image_folder(args))
-    paths = common.image_files(args.data)[:args.limit]
-    images, _ = common.read_images(paths, args.size, channels=1 if args.gray else 3)
+    paths = common.image_files(args.data)
+    np.random.default_rng(args.seed).shuffle(paths)  # they are sorted, often by class
+    channels = 1 if args.gray else 3
+    images, _ = common.read_images(paths[:args.limit], args.size, channels)
     different = len({hash(image.tobytes()) for image in images.numpy()})
     if different < 100:
-        raise common.UserError(f"--data {args.data}: only {different} images in it are different; "
+        raise common.UserError(f"--data {args.data}: only {different} different images were read; "
                                "at least 100 are needed")
     return images, torch.zeros(len(images))
 
@@ -88,19 +90,19 @@ def load_data(args: Namespace) -> Dataset:
                 raise
             common.warn(f"{error}; training on synthetic digits instead")
             name = "synthetic"
-    if name == "synthetic":
+    if name == "synthetic":  # asked for, or the fallback
         count = args.limit or 10000
         sets = {"train": synthetic_digits(count, args.seed),
                 "test": synthetic_digits(count // 5, args.seed + 10**9)}
     elif name not in TORCHVISION:
         sets = {"train": load_folder(args)}
-    # The labels have one use: each class is spread evenly over the sets.
+    # The labels are used to spread each class evenly over the sets, and then no more.
     common.complete_sets(sets, args.seed)
-    return Dataset(name, *(sets[use][0] for use in ("train", "val", "test")))
+    return Dataset(name, *(sets[key][0] for key in ("train", "val", "test")))
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 (N, size, size, channels) -> float (N, channels, size, size), from -1 to 1."""
+    """Convert uint8 (N, size, size, channels) to float (N, channels, size, size) in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -114,11 +116,11 @@ def initialize(module: nn.Module) -> None:
 
 
 class Generator(nn.Module):
-    """Latent vectors to images, by transposed convolutions. Radford et al., 2016 (DCGAN).
+    """Map latent vectors to images with transposed convolutions. Radford et al., 2016 (DCGAN).
 
-    latent: float (N, latent), from N(0, 1) -> images: float (N, channels, size, size), -1 to 1.
+    z: float (N, latent), from N(0, 1) -> images: float (N, channels, size, size) in [-1, 1].
 
-    size: a multiple of 4; width: the channels of the last layer but one.
+    size: a multiple of 4; width: the number of channels at half the image's size.
     """
 
     def __init__(self, size: int = 28, channels: int = 1, latent: int = 100, width: int = 64,
@@ -127,16 +129,16 @@ class Generator(nn.Module):
         self.latent = latent
         side = size // 8
         norm = nn.BatchNorm2d if batch_norm else nn.Identity
-        # Batch norm has a shift of its own, so the layer before it needs no bias.
+        # Batch norm adds a bias of its own, so the layer before it needs none.
         bias = not batch_norm
-        # Transposed convolutions with kernel 4, stride 2 and padding 1 double the size. The sizes
-        # below are those of images of 28 x 28 pixels with one channel, and of the default width.
+        # Transposed convolutions with kernel 4, stride 2 and padding 1 double the size. Shapes on
+        # the right are for 28 x 28 images with one channel and the default width.
         self.layers = nn.Sequential(
             nn.Linear(latent, 4 * width * side**2, bias),  # (N, 2304)
             nn.Unflatten(1, (4 * width, side, side)),  # (N, 256, 3, 3)
             norm(4 * width),
             nn.ReLU(),
-            # From 3 to 7, not to 6: one more row and column.
+            # Doubling 3 gives 6; 7 needs one more row and column.
             nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1, output_padding=size // 4 % 2,
                                bias=bias),  # (N, 128, 7, 7)
             norm(2 * width),
@@ -149,14 +151,14 @@ class Generator(nn.Module):
         )
         self.apply(initialize)
 
-    def forward(self, latent: Tensor) -> Tensor:
-        return self.layers(latent)
+    def forward(self, z: Tensor) -> Tensor:
+        return self.layers(z)
 
 
 class Discriminator(nn.Module):
-    """Images to one logit each, above 0 for real, by strided convolutions. Radford et al., 2016.
+    """Map images to one logit each, positive for real ones, with strided convolutions.
 
-    images: float (N, channels, size, size), -1 to 1 -> logits: float (N,).
+    Radford et al., 2016. images: float (N, channels, size, size) in [-1, 1] -> logits: float (N,).
     """
 
     def __init__(self, size: int = 28, channels: int = 1, width: int = 64,
@@ -178,8 +180,8 @@ class Discriminator(nn.Module):
             nn.Linear(4 * width * (size // 8)**2, 1),  # (N, 1)
         )
         self.apply(initialize)
-        # Convolutions are faster in this memory format. Not so transposed ones, whose gradients
-        # are wrong in it in PyTorch 2.0 (its issue 99519): the generator has the usual format.
+        # Convolutions are faster in this memory format. Transposed ones are not, and PyTorch 2.0
+        # computes wrong gradients for them (issue 99519): the generator keeps the default format.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -189,24 +191,25 @@ class Discriminator(nn.Module):
 # ---------------------------------------------------------------- Training
 
 SAMPLES = 2000  # generated images that are compared with the validation set after each epoch
-# The gradient penalty changes slowly and costs more than half a step, so that it is computed every
+# The gradient penalty changes slowly and costs more than half of a step, so it is computed every
 # 16th step, with 16 times the weight (lazy regularization; Karras et al., 2020).
 PENALTY_EVERY = 16
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Mean of -log D(x) - log(1 - D(G(z))), where D is the sigmoid of the logits (N,)."""
+    """Return the mean of -log D(x) - log(1 - D(G(z))); D is the sigmoid of the logits (N,)."""
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
 def generator_loss(fake_logits: Tensor) -> Tensor:
-    """Mean of -log D(G(z)), the non-saturating loss. Goodfellow et al., 2014."""
+    """Return the mean of -log D(G(z)), the non-saturating loss. Goodfellow et al., 2014."""
     return F.softplus(-fake_logits).mean()
 
 
 def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """Mean squared norm of the gradient of real images' logits, R1. Mescheder et al., 2018.
+    """Return the mean squared norm of the gradient of real images' logits.
 
+    This is R1 of Mescheder et al., 2018.
     A discriminator that is flat about the real images cannot memorize them.
     """
     real = real.detach().requires_grad_()
@@ -221,33 +224,35 @@ def update_ema(generator_ema: nn.Module, generator: nn.Module, decay: float) -> 
     """
     for average, value in zip(generator_ema.state_dict().values(),
                               generator.state_dict().values()):
-        if value.is_floating_point():  # not batch norm's count of batches
+        if value.is_floating_point():  # num_batches_tracked is an integer
             average.lerp_(value, 1 - decay)
 
 
 def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer:
-    """Adam, with a short memory: the opponent changes all the time. Kingma and Ba, 2015."""
+    """Return AdamW (Loshchilov and Hutter, 2019). Its beta1 is small: the loss changes with the
+    opponent, so old gradients mislead.
+    """
     return torch.optim.AdamW(common.parameter_groups(network, args.weight_decay), lr=args.lr,
                              betas=(args.beta1, 0.999), **common.FUSED)
 
 
 def score(row: dict) -> float:
-    """What the best epoch has most of: the Frechet distance to the validation set, negated."""
+    """Return what epochs are compared by, higher is better: the negated Fréchet distance."""
     return -row["frechet"]
 
 
 def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
-    """Train both networks; keep their last and best epoch in `folder`. Returns the history."""
+    """Train both networks; keep their last and best epoch in `folder`. Return the history."""
     torch.manual_seed(args.seed)
-    size, channels = data.train.shape[2:]
+    size, channels = data.train.shape[2:]  # of (N, size, size, channels)
     options = {"size": size, "channels": channels, "width": args.width,
                "batch_norm": not args.no_batch_norm}
     discriminator = Discriminator(**options).to(device)
-    options["latent"] = args.latent
+    options["latent"] = args.latent  # the generator alone has it
     generator = Generator(**options).to(device)
     generator_ema = copy.deepcopy(generator)  # exponential moving average of the weights
     images = data.train.to(device)
-    steps = len(common.shuffled_batches(len(images), args.batch_size, args.seed))
+    steps = len(common.shuffled_batches(len(images), args.batch_size, args.seed))  # in an epoch
     optimizer_d = make_optimizer(discriminator, args)
     optimizer_g = make_optimizer(generator, args)
     scheduler_d = common.make_scheduler(optimizer_d, args, steps)
@@ -260,34 +265,35 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     ddp_discriminator = common.data_parallel(discriminator, args, device)
     autocast = common.autocast(args.precision, device)
     real_features = random_features(data.validation)
-    fixed_latent = latent_vectors(SAMPLES, args.latent, args.seed)
+    fixed_z = latent_vectors(SAMPLES, args.latent, args.seed)
 
     for epoch in common.epochs(args, history, score):
         start = time.perf_counter()
         means = common.RunningMeans()
         batches = common.shuffled_batches(len(images), args.batch_size, args.seed, epoch)
         bar = common.progress_bar(batches.to(device), f"epoch {epoch}/{args.epochs}")
-        for step, indices in enumerate(bar, (epoch - 1) * steps):
+        for step, indices in enumerate(bar, (epoch - 1) * steps):  # counted over all epochs
             real = to_float(images[indices])
-            latent = torch.randn(len(real), args.latent, device=device)
+            z = torch.randn(len(real), args.latent, device=device)
 
             # (1) Discriminator: maximize log D(x) + log(1 - D(G(z))).
             with autocast:
-                fake = ddp_generator(latent)
-                # Each kind has its own batch, and thus its own statistics in batch norm.
-                real_logits = ddp_discriminator(real)
+                fake = ddp_generator(z)
+                real_logits = ddp_discriminator(real)  # each kind has its own batch statistics
                 fake_logits = ddp_discriminator(fake.detach())  # no gradient for the generator
             loss_d = discriminator_loss(real_logits.float(), fake_logits.float())
-            penalty = 0.0
+            total = loss_d
             if step % PENALTY_EVERY == 0:
-                penalty = PENALTY_EVERY * args.r1 / 2 * gradient_penalty(discriminator, real)
+                weight = PENALTY_EVERY * args.r1 / 2
+                # Never compiled: torch.compile() has no second derivatives.
+                total = loss_d + weight * gradient_penalty(discriminator, real)
             optimizer_d.zero_grad()
-            (loss_d + penalty).backward()
+            total.backward()
             norm_d = common.clip_gradients(discriminator, args.clip)
             optimizer_d.step()
 
             # (2) Generator: maximize log D(G(z)), with the discriminator as it is now.
-            discriminator.requires_grad_(False)  # its weights need no gradient here
+            discriminator.requires_grad_(False)  # its weights need no gradient, nor their average
             with autocast:
                 logits = discriminator(fake)
             loss_g = generator_loss(logits.float())
@@ -299,7 +305,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
             scheduler_d.step()
             scheduler_g.step()
-            # The decay rises from 0 to --ema, so that the first weights are soon forgotten.
+            # The decay rises from 0 to --ema, so that the initial weights are soon forgotten.
             update_ema(generator_ema, generator, min(args.ema, step / (step + 10)))
             means.update(discriminator_loss=loss_d, generator_loss=loss_g,
                          real_accuracy=(real_logits > 0).float().mean(),
@@ -308,7 +314,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                          discriminator_clipped=norm_d > args.clip,
                          generator_clipped=norm_g > args.clip)
 
-        samples = generate(generator_ema, fixed_latent, device)
+        samples = generate(generator_ema, fixed_z, device)
         metrics = common.on_first(measure, real_features, samples)
         row = {"epoch": epoch, "learning_rate": scheduler_g.get_last_lr()[0], **means.compute(),
                **metrics, "seconds": time.perf_counter() - start}
@@ -328,39 +334,40 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 
 def latent_vectors(count: int, latent: int, seed: int) -> Tensor:
-    """(count, latent), from N(0, 1); the same for the same seed on every device."""
+    """Return z: float (count, latent), from N(0, 1), the same on every device."""
     return torch.randn(count, latent, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.no_grad()
-def generate(generator: Generator, latent: Tensor, device: torch.device) -> Tensor:
-    """uint8 images (N, size, size, channels), on the CPU, of latent vectors (N, latent)."""
+def generate(generator: Generator, z: Tensor, device: torch.device) -> Tensor:
+    """Return uint8 images (N, size, size, channels), on the CPU, for z, (N, latent)."""
     generator.eval()  # batch norm by its running statistics
-    images = torch.cat([generator(batch.to(device)).cpu() for batch in latent.split(500)])
-    return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte()
+    images = torch.cat([generator(batch.to(device)).cpu() for batch in z.split(500)])
+    return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte()  # undoes to_float()
 
 
 def random_features(images: Tensor) -> Tensor:
-    """Features (N, 224) of uint8 images (N, size, size, channels): the mean of each channel in each
-    layer of a convolutional network with fixed random weights, which is the same for all data
-    sets. Naeem et al., 2020.
+    """Return features (N, 224) of uint8 images (N, size, size, channels): the mean of each channel
+    in each layer of a convolutional network with fixed random weights. Naeem et al., 2020.
     """
     features = []
     for batch in images.split(500):
-        generator = torch.Generator().manual_seed(0)  # the same weights for every batch
+        rng = torch.Generator().manual_seed(0)  # the same weights for every batch
         x = to_float(batch)
         means = []
         for outputs in (32, 64, 128):
-            weight = torch.randn(outputs, x.shape[1], 4, 4, generator=generator)
+            weight = torch.randn(outputs, x.shape[1], 4, 4, generator=rng)
             weight *= math.sqrt(2 / weight[0].numel())  # keeps the variance. He et al., 2015
             x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
-            means.append(x.mean((2, 3)))  # (500, outputs)
+            means.append(x.mean((2, 3)))  # (N, outputs)
         features.append(torch.cat(means, 1))
     return torch.cat(features)
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared Frechet distance of the normal distributions fitted to features (N, d) and (M, d).
+    """Return the squared Fréchet distance of the normal distributions fitted to features.
+
+    a: (N, d), b: (M, d).
 
     |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)), where A and B are the covariances. Dowson
     and Landau, 1982; for generated images Heusel et al., 2017.
@@ -369,28 +376,28 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     cov_b = np.cov(b.T)
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    # A B has the eigenvalues of root_a B root_a, which is symmetric.
+    # cov_a cov_b has the eigenvalues of root_a cov_b root_a, which is symmetric.
     values = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
     trace = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(values.clip(0)).sum()
-    difference = a.double().mean(0) - b.double().mean(0)
+    difference = a.mean(0) - b.mean(0)
     return float(difference.pow(2).sum() + trace)
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict:
-    """How typical generated features (M, d) are, and the fraction of the real ones (N, d) reached.
+    """Return density and coverage of generated features (M, d) for real ones (N, d).
 
-    Around each real feature lies a ball that just holds its k nearest real neighbors. Density: the
-    number of balls that a generated one is in, over k. Coverage: the fraction of balls with a
-    generated one in them, near 0 after mode collapse. Naeem et al., 2020.
+    The ball around each real feature reaches to its k-th nearest real neighbor. Density: the mean
+    number of balls around a generated feature, over k. Coverage: the fraction of balls that have a
+    generated feature in them, which is near 0 after mode collapse. Naeem et al., 2020.
     """
-    radius = torch.cdist(real, real).kthvalue(k + 1).values  # the nearest one is itself
+    radius = torch.cdist(real, real).kthvalue(k + 1).values  # + 1: the nearest is itself
     inside = torch.cdist(real, fake) < radius[:, None]  # (N, M)
     return {"density": inside.sum().item() / (k * len(fake)),
             "coverage": inside.any(1).double().mean().item()}
 
 
 def measure(real_features: Tensor, images: Tensor) -> dict:
-    """Compare uint8 images (N, size, size, channels) with the features of real ones."""
+    """Return the metrics of uint8 images (N, size, size, channels) against real features."""
     features = random_features(images)
     return {"frechet": frechet_distance(real_features, features),
             **density_coverage(real_features, features)}
@@ -401,30 +408,30 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     """Measure the best generator on the test set; draw plots and images; write summary.json."""
     generator = load_generator(folder / "best.pt", device)
     samples = generate(generator, latent_vectors(5000, args.latent, args.seed + 1), device)
-    real = data.test[:5000]  # compared with as many others: the count matters
+    real = data.test[:min(5000, len(data.train))]  # as many as it is compared with
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
-    # What real images reach is the floor: no generator is expected to be better.
+    # The same metrics of training images show what a perfect generator would reach.
     floor = measure(real_features, data.train[:len(real)])
     test.update({f"{name}_floor": value for name, value in floor.items()})
     test["best_epoch"] = max(history, key=score)["epoch"]
     common.write_summary(folder, args, history, test)
     draw_curves(args, data, folder, history)
-    images = image_folder(args)
-    save_grid(images / "final.png", samples[:200], 20)
-    save_grid(images / "interpolation.png", interpolate(generator, args, device), 10)
-    save_grid(images / "nearest.png", nearest_images(samples[:10], data.train), 9)
-    save_animation(images, history)
-    print(f"\ntest on {data.name}, weights of epoch {test['best_epoch']} (real images in brackets):"
-          f"\nFréchet distance {test['frechet']:.3f} ({test['frechet_floor']:.3f}), "
+    image_dir = image_folder(args)
+    save_grid(image_dir / "final.png", samples[:200], 20)
+    save_grid(image_dir / "interpolation.png", interpolate(generator, args, device), 10)
+    save_grid(image_dir / "nearest.png", nearest_images(samples[:10], data.train), 9)
+    save_animation(image_dir, history)
+    print(f"\ntest set of {data.name}, weights of epoch {test['best_epoch']} (training images in "
+          f"parentheses):\nFréchet distance {test['frechet']:.3f} ({test['frechet_floor']:.3f}), "
           f"density {test['density']:.2f} ({test['density_floor']:.2f}), "
           f"coverage {test['coverage']:.1%} ({test['coverage_floor']:.1%})")
-    print(f"images are in {images}, plots and checkpoints in {args.out}; generate more with:\n"
+    print(f"images are in {image_dir}, plots and checkpoints in {args.out}; generate more with:\n"
           f"python gan.py --out {shlex.quote(args.out)} --sample 100")
 
 
 def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> None:
-    """Plot the history to curves.png, with the floor of the Frechet distance."""
+    """Plot the history to curves.png, with the floor of the Fréchet distance."""
     figure, axes = common.plot_history(history, args, f"DCGAN on {data.name}", {
         "loss": {"discriminator": "discriminator_loss", "generator": "generator_loss"},
         "fraction told apart": {"real images": "real_accuracy",
@@ -443,29 +450,33 @@ def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> 
 
 
 def interpolate(generator: Generator, args: Namespace, device: torch.device) -> Tensor:
-    """Six rows of ten images, each from one latent vector to the next.
+    """Return six rows of ten images, each row from one latent vector to the next.
 
-    The way goes along an arc, sqrt(1 - t) a + sqrt(t) b, whose points are distributed as latent
-    vectors are; those on the straight line between two are shorter. White, 2016.
+    The points cos(t) a + sin(t) b, t from 0 to pi / 2, lie on an arc and are distributed like
+    latent vectors; points on the straight line are closer to the origin. White, 2016.
     """
     ends = latent_vectors(7, args.latent, args.seed)
-    t = torch.linspace(0, 1, 10)[:, None]
-    latent = (1 - t).sqrt() * ends[:-1, None] + t.sqrt() * ends[1:, None]  # (6, 10, latent)
-    return generate(generator, latent.flatten(0, 1), device)
+    t = torch.linspace(0, math.pi / 2, 10)[:, None]
+    z = t.cos() * ends[:-1, None] + t.sin() * ends[1:, None]  # (6, 10, latent)
+    return generate(generator, z.flatten(0, 1), device)
 
 
 def nearest_images(samples: Tensor, train: Tensor) -> Tensor:
-    """Nine images for each sample: itself, a blank one, and the seven training images nearest to
-    it, pixel by pixel.
+    """Return nine images for each sample: the sample, a blank one, and the seven training images
+    nearest to it in pixels (of the first 20,000: each takes four times its memory here).
     """
+    train = train[:20000]
     distances = torch.cdist(samples.flatten(1).float(), train.flatten(1).float())
     nearest = train[distances.topk(7, largest=False).indices]  # (N, 7, size, size, channels)
     blank = torch.full_like(samples, 255)
     return torch.cat([samples[:, None], blank[:, None], nearest], 1).flatten(0, 1)
 
 
+DEFAULT_OUT = "runs/gan"
+
+
 def image_folder(args: Namespace) -> Path:
-    """images/, but a run with its own --out keeps its images in there."""
+    """Return images/, or the folder images in --out if that is not the default."""
     return Path("images") if args.out == DEFAULT_OUT else Path(args.out, "images")
 
 
@@ -478,17 +489,18 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
 
 
 def save_animation(folder: Path, history: list) -> None:
-    """Make progress.gif of the grids of this run's epochs."""
+    """Write progress.gif, an animation of the grids of all epochs."""
     paths = [folder / f"epoch_{row['epoch']:03}.png" for row in history]
-    # One file is open at a time. The user may have moved some away before --resume.
+    # One file is open at a time. Some or all may be missing after --resume.
     frames = (Image.open(path) for path in paths if path.exists())
-    first = next(frames)
-    common.write_or_warn(folder / "progress.gif", lambda path: first.save(
-        path, save_all=True, append_images=frames, duration=200, loop=0))
+    first = next(frames, None)
+    if first:
+        common.write_or_warn(folder / "progress.gif", lambda path: first.save(
+            path, save_all=True, append_images=frames, duration=200, loop=0))
 
 
 def load_generator(path: Path, device: torch.device) -> Generator:
-    """The averaged generator saved in a best.pt."""
+    """Load the generator in a best.pt, which has the averaged weights."""
     checkpoint = common.load_checkpoint(path, "gan.py")
     generator = Generator(**checkpoint["options"])
     generator.load_state_dict(checkpoint["model"])
@@ -496,7 +508,7 @@ def load_generator(path: Path, device: torch.device) -> Generator:
 
 
 def write_samples(args: Namespace, device: torch.device) -> None:
-    """Write --sample images to samples/ in the folder of images, and print their names."""
+    """Write --sample generated images to samples/ in image_folder(), and print their paths."""
     generator = load_generator(Path(args.out, "best.pt"), device)
     folder = image_folder(args) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -509,26 +521,27 @@ def write_samples(args: Namespace, device: torch.device) -> None:
 
 # ---------------------------------------------------------------- Command line
 
-DEFAULT_OUT = "runs/gan"
-
 
 def build_parser() -> common.ArgumentParser:
     parser = common.option_parser("gan.py", __doc__, out=DEFAULT_OUT, epochs=None, batch_size=64,
                                   lr=5e-4, warmup=0.0, weight_decay=0.0, clip=10.0, patience=30)
-    count, decay = common.number(int, 1), common.number(float, 0, 0.9999)
+    count = common.number(int, 1)
+    decay = common.number(float, 0, 0.9999)
     add = parser.add_argument_group("options of the GAN").add_argument
     add("--data", default="auto",
         help="auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images")
-    add("--size", type=common.number(int, 8), default=32, help="size of a folder's images")
-    add("--gray", action="store_true", help="take the images of a folder as gray ones")
+    add("--size", type=common.number(int, 8), default=32,
+        help="side in pixels to which a folder's images are resized")
+    add("--gray", action="store_true", help="read a folder's images in grayscale")
     add("--limit", type=common.number(int, 100),
-        help="use only the first LIMIT images of the training set")
+        help="use only LIMIT images, before validation images are taken")
     add("--latent", type=count, default=100, help="length of the latent vector")
     add("--width", type=count, default=64, help="channels at half the image's size")
-    add("--beta1", type=decay, default=0.5, help="Adam's decay of the mean gradient")
-    add("--r1", type=common.number(float, 0), default=0.2, help="weight of the gradient penalty")
+    add("--beta1", type=decay, default=0.5, help="beta1 of Adam, the decay of its mean gradient")
+    add("--r1", type=common.number(float, 0), default=0.2,
+        help="weight of the gradient penalty, gamma in the paper")
     add("--ema", type=decay, default=0.998, help="decay of the average of the generator's weights")
-    add("--no-batch-norm", action="store_true", help="leave batch norm out")
+    add("--no-batch-norm", action="store_true", help="use no batch norm")
     add("--sample", type=count, help="generate SAMPLE images with best.pt")
     return parser
 
@@ -542,9 +555,9 @@ def main() -> None:
         write_samples(args, device)
         return
     data = load_data(args)
-    args.data = data.name  # what --resume loads, even if --data was auto
+    args.data = data.name  # so that --resume loads the same data set even if --data was auto
     args.checksum = zlib.crc32(data.train.numpy())
-    # 60 epochs of 9,000 images; a larger training set has fewer epochs, and as many images in all.
+    # At most 60 epochs, and no more than about 540,000 images in all.
     args.epochs = args.epochs or min(60, math.ceil(540_000 / len(data.train)))
     common.describe_sets(data.name, device, *map(len, data[1:]))
     with common.run_folder(args) as folder:

@@ -183,7 +183,7 @@ def shuffled_batches(data: Dataset, args: Namespace, epoch: int) -> list:
 def get_batch(sequences: SequenceSet, indices: Tensor, device: torch.device) -> SequenceSet:
     """The sequences with these indices, cut to the longest of them."""
     lengths = sequences.lengths[indices]
-    longest = int(lengths.max())
+    longest = lengths.max()
     return SequenceSet(sequences.inputs[indices, :longest].to(device), lengths,
                        sequences.targets[indices, :longest + 1].to(device))
 
@@ -586,8 +586,9 @@ def predict(args: Namespace, device: torch.device) -> None:
 
 
 def build_parser() -> common.ArgumentParser:
-    parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", epochs=12, batch_size=128,
-                                  lr=4e-3, warmup=0.1, weight_decay=0.01, clip=1.0, patience=5)
+    parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", subfolder="*-*", epochs=10,
+                                  batch_size=128, lr=5e-3, warmup=0.1, weight_decay=0.01, clip=1.0,
+                                  patience=5)
     count, probability = common.number(int, 1), common.number(float, 0, 1)
     add = parser.add_argument_group("options of the RNN").add_argument
     add("--data", default="synthetic", help="synthetic, or a CSV or TSV file: text, label")
@@ -642,8 +643,7 @@ def main() -> None:
                                  len(data.validation.lengths), len(data.test.lengths))
             histories = {}
             for cell in cells[data.task]:
-                place = folder / f"{data.task}-{cell}"
-                histories[cell] = train(args, data, cell, place, device)
+                histories[cell] = train(args, data, cell, folder / f"{data.task}-{cell}", device)
                 rows += histories[cell]
             if common.RANK == 0:
                 for cell, results in evaluate(args, data, histories, folder, device).items():

@@ -17,7 +17,7 @@ import zlib
 from argparse import Namespace
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -61,8 +61,9 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> li
     while len(sources) < count:
         length = rng.randint(low, high)
         if task == "add":
-            first = rng.randrange(10**(length - 1), 10**length)
-            second = rng.randrange(10**(length - 1), 10**length)
+            bounds = 10**(length - 1), 10**length
+            first = rng.randrange(*bounds)
+            second = rng.randrange(*bounds)
             source = f"{first}+{second}"[::-1]
         else:
             source = "".join(rng.choices(string.ascii_lowercase, k=length))
@@ -71,18 +72,18 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> li
 
 
 def split_tokens(text: str, kind: str) -> tuple:
-    """The words of a text, or its characters."""
+    """Return the words of a text, or its characters."""
     return tuple(text.split() if kind == "words" else text)
 
 
 class Vocabulary:
-    """The tokens of the training set and their numbers, the same for sources and targets."""
+    """The tokens of the training set and their numbers, one list for sources and targets."""
 
-    def __init__(self, tokens: Sequence):
+    def __init__(self, tokens: list):
         self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]
         self.numbers = {token: number for number, token in enumerate(self.tokens)}
 
-    def encode(self, rows: Sequence, device: torch.device) -> Tensor:
+    def encode(self, rows: list, device: torch.device) -> Tensor:
         """N rows of tokens, each with <eos>, filled up with <pad>: int64 (N, longest row + 1)."""
         encoded = []
         for row in rows:
@@ -91,7 +92,7 @@ class Vocabulary:
         return pad_sequence(encoded, batch_first=True, padding_value=PAD).to(device)
 
     def decode(self, numbers: list) -> tuple:
-        """The tokens before the first <eos>, or all if there is none."""
+        """Return the tokens before the first <eos>, or all if there is none."""
         end = [*numbers, EOS].index(EOS)
         return tuple(self.tokens[number] for number in numbers[:end])
 
@@ -110,7 +111,7 @@ class Dataset(NamedTuple):
 def load_data(args: Namespace) -> Dataset:
     """Make or read the pairs of --data; a tenth of the sources is for validation, one for the test.
 
-    Raises UserError if there are fewer than 10 sources, or a pair is too long.
+    Raises UserError if there are fewer than 10 sources, or if a pair is too long.
     """
     if args.data == "synthetic":
         name = args.task
@@ -119,11 +120,11 @@ def load_data(args: Namespace) -> Dataset:
     else:
         name = args.data
         table = common.read_table(args.data, ("source", "target"))
-    sources = [split_tokens(source, args.source_tokens) for source, _ in table]
-    targets = [split_tokens(target, args.target_tokens) for _, target in table]
+    pairs = [(split_tokens(source, args.source_tokens), split_tokens(target, args.target_tokens))
+             for source, target in table]
+    sources = [source for source, _ in pairs]
     if len(set(sources)) < 10:
         raise common.UserError(f"--data {args.data}: at least 10 different sources are needed")
-    pairs = list(zip(sources, targets))
     lengths = [max(map(len, pair)) for pair in pairs]
     longest = max(lengths)
     if longest > args.max_length:
@@ -143,9 +144,8 @@ def load_data(args: Namespace) -> Dataset:
 
 
 def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
-    """Batches of indices of pairs of similar length, which need little padding, in random order.
-
-    Of several processes, each has its share of every batch.
+    """Return batches of pairs of similar length, which need little padding, in random order: arrays
+    of indices. With several processes, each has its share of every batch.
     """
     rng = np.random.default_rng(seed)
     # The random fraction shuffles pairs of the same lengths.
@@ -161,7 +161,7 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple:
-    """softmax(Q K^T / sqrt(d_k)) V, and the weights of the softmax. Vaswani et al., 2017.
+    """Return softmax(Q K^T / sqrt(d_k)) V, and the softmax. Vaswani et al., 2017.
 
     query: (..., T, d_k); key, value: (..., S, d_k); mask: bool, broadcast to (..., T, S), True
     where a query may look at a key -> (..., T, d_k) and (..., T, S).
@@ -188,25 +188,24 @@ class MultiHeadAttention(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
-        """Two tensors (N, heads, S, d_k). With a cache, those of earlier calls come first."""
-        if memory is None:  # there are no new ones
+        """Return two tensors (N, heads, S, d_k), with a cache those of all calls so far."""
+        if memory is None:  # nothing new to look at
             return cache[self]
         key = self.split_heads(self.key(memory))
         value = self.split_heads(self.value(memory))
         if cache is not None:
             if self in cache:
-                old_key, old_value = cache[self]
-                key = torch.cat([old_key, key], dim=2)
-                value = torch.cat([old_value, value], dim=2)
+                key = torch.cat([cache[self][0], key], dim=2)
+                value = torch.cat([cache[self][1], value], dim=2)
             cache[self] = key, value
         return key, value
 
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor,
                 cache: dict | None = None) -> Tensor:
-        """Each position of x (N, T, d_model) looks at those of memory (N, S, d_model), where the mask,
-        broadcast to (N, heads, T, S), is True -> (N, T, d_model).
+        """Each position of x (N, T, d_model) looks at the positions of memory (N, S, d_model) where
+        the mask, broadcast to (N, heads, T, S), is True -> (N, T, d_model).
 
-        cache: {layer: (keys, values)}, to which those of memory are added, if it is not None.
+        cache: {layer: (keys, values)}, to which those of memory are added; None adds nothing.
         """
         # 1) Project: queries from x, keys and values from memory.
         query = self.split_heads(self.query(x))  # (N, heads, T, d_k)
@@ -223,7 +222,9 @@ class FeedForward(nn.Sequential):
 
     def __init__(self, d_model: int, d_ff: int):
         super().__init__(
-            nn.Linear(d_model, d_ff), nn.ReLU(), nn.Linear(d_ff, d_model))
+            nn.Linear(d_model, d_ff),
+            nn.ReLU(),
+            nn.Linear(d_ff, d_model))
 
 
 class EncoderLayer(nn.Module):
@@ -268,7 +269,7 @@ class DecoderLayer(nn.Module):
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """(length, d_model): sines and cosines of wavelengths from 2 pi to 10000 * 2 pi."""
+    """Return (length, d_model): sines and cosines of wavelengths from 2 pi to 10000 * 2 pi."""
     exponents = torch.arange(0, d_model, 2) / d_model
     angles = torch.arange(length)[:, None] / 10000**exponents  # (length, d_model / 2)
     waves = torch.stack([angles.sin(), angles.cos()], dim=2)  # (length, d_model / 2, 2)
@@ -292,7 +293,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(layers))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(layers))
-        # The sums that the last layers return have not been normalized yet.
+        # With norms before the sublayers alone, what the last layer returns is not normalized yet.
         self.encoder_norm = nn.LayerNorm(d_model)
         self.decoder_norm = nn.LayerNorm(d_model)
         for parameter in self.parameters():
@@ -315,9 +316,9 @@ class Transformer(nn.Module):
 
     def decode(self, target_input: Tensor, memory: Tensor | None, source_mask: Tensor,
                cache: dict | None = None, start: int = 0) -> Tensor:
-        """Logits (N, T, vocabulary) for the tokens that follow those of target_input (N, T).
+        """Return logits (N, T, vocabulary) for the tokens that follow those of target_input (N, T).
 
-        With a cache, target_input continues the `start` tokens of the calls before.
+        With a cache, target_input continues the `start` tokens of earlier calls.
         """
         length = target_input.shape[1]
         # Position t looks at positions 0 to t, and not at the token that it is to predict.
@@ -329,39 +330,38 @@ class Transformer(nn.Module):
         return F.linear(self.decoder_norm(x), self.embedding.weight)
 
     def forward(self, source: Tensor, target_input: Tensor) -> Tensor:
-        memory, source_mask = self.encode(source)
-        return self.decode(target_input, memory, source_mask)
+        return self.decode(target_input, *self.encode(source))
 
 
 @torch.no_grad()
 def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
-    """Write a target for each source, keeping its `beam` most probable hypotheses at each step; a
-    beam of 1 is greedy decoding. source: int64 (N, S) -> the best targets, int64 (N, T), with <pad>
-    after <eos>, and their log-probabilities, float (N,).
+    """Write a target for each source token by token, keeping the `beam` most probable hypotheses;
+    a beam of 1 is greedy decoding. source: int64 (N, S) -> the best targets, int64 (N, T), with
+    <pad> after <eos>, and their log-probabilities, float (N,).
     """
-    # There is a row for each hypothesis: N * beam rows, those of a source side by side.
+    # Each hypothesis has a row: there are N * beam rows, and those of a source are side by side.
     memory, source_mask = model.encode(source.repeat_interleave(beam, dim=0))
     first_row = torch.arange(0, len(memory), beam, device=source.device).unsqueeze(1)
     vocabulary = len(model.embedding.weight)
     tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
     scores = torch.zeros(len(source), beam, device=source.device)  # log-probabilities
-    scores[:, 1:] = -math.inf  # at first all hypotheses of a source are equal: one counts
+    scores[:, 1:] = -math.inf  # at first the hypotheses of a source are equal: only one counts
     cache = {}
     for position in range(len(model.positions)):
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
         steps = F.log_softmax(logits[:, 0].float(), dim=1)  # (N * beam, vocabulary)
-        # A hypothesis that has ended goes on with <pad>, at no cost; the others never do.
+        # A hypothesis that has ended continues with <pad>, at no cost; no other one does.
         ended = tokens[:, -1] <= EOS
         steps[:, PAD] = -math.inf
         steps[ended] = -math.inf
         steps[ended, PAD] = 0
-        # The best of all hypotheses with all tokens that may follow, in descending order.
+        # Rank all hypotheses together, each continued with every token; keep the best.
         sums = scores.view(-1, 1) + steps  # (N * beam, vocabulary)
         scores, best = sums.view(len(source), -1).topk(beam)  # (N, beam)
         rows = (first_row + best // vocabulary).flatten()
         newest = (best % vocabulary).view(-1, 1)  # (N * beam, 1)
         tokens = torch.cat([tokens[rows], newest], dim=1)
-        # Each step lowers a score or keeps it: what has ended as the best one stays the best.
+        # A step never raises a score: once the best hypothesis has ended, it stays the best.
         if (tokens[::beam, -1] <= EOS).all():
             break
         memory = None  # its keys and values are in the cache
@@ -375,13 +375,15 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
 
 
 def shift_right(target: Tensor) -> Tensor:
-    """The decoder's input for a target (N, T): <bos>, and all tokens but the last."""
+    """Return the decoder's input for a target (N, T): <bos>, and all tokens but the last."""
     return F.pad(target[:, :-1], (1, 0), value=BOS)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Mean cross-entropy with label smoothing (Szegedy et al., 2016), which spreads `smoothing` of
-    the probability evenly over the vocabulary. logits: float (N, vocabulary); labels: int64 (N,).
+    """Return the mean cross-entropy with label smoothing (Szegedy et al., 2016), which spreads
+    `smoothing` of the target evenly over the vocabulary.
+
+    logits: float (N, vocabulary); labels: int64 (N,).
     """
     log_probabilities = F.log_softmax(logits, dim=1)
     of_labels = F.nll_loss(log_probabilities, labels)
@@ -390,7 +392,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def score(row: dict) -> tuple:
-    """What the best epoch has most of: token accuracy on validation; of equal ones, less loss."""
+    """The best epoch has the highest token accuracy on validation; of equals, the lowest loss."""
     return row["validation_token_accuracy"], -row["validation_loss"]
 
 
@@ -400,8 +402,11 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     options = {
         "vocabulary": len(data.vocabulary.tokens),
         "max_length": 2 * data.longest + 1,  # room for longer predictions, and for <eos>
-        "d_model": args.d_model, "heads": args.heads, "layers": args.layers,
-        "d_ff": args.d_ff, "dropout": args.dropout}
+        "d_model": args.d_model,
+        "heads": args.heads,
+        "layers": args.layers,
+        "d_ff": args.d_ff,
+        "dropout": args.dropout}
     model = Transformer(**options).to(device)
     # The learning rate changes at each step, so the scheduler needs the steps of an epoch.
     steps = len(similar_length_batches(data.train, args.batch_size, args.seed))
@@ -463,7 +468,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
                   device: torch.device, beam: int = 1) -> list:
-    """What the model writes by itself: (target tokens, probability) for each source's tokens."""
+    """Return (target tokens, probability) for each source's tokens, as the model writes them."""
     model.eval()
     written = []
     for start in common.progress_bar(range(0, len(sources), 500), "decoding"):
@@ -474,9 +479,9 @@ def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
     return written
 
 
-def edit_distance(a: Sequence, b: Sequence) -> int:
-    """The least number of insertions, deletions and substitutions (Levenshtein, 1966)."""
-    row = list(range(len(b) + 1))  # from nothing to each beginning of b
+def edit_distance(a: tuple, b: tuple) -> int:
+    """Return the least number of insertions, deletions and substitutions. Levenshtein, 1966."""
+    row = list(range(len(b) + 1))  # from nothing to each prefix of b
     for i, x in enumerate(a):
         above = row
         row = [i + 1]
@@ -489,8 +494,8 @@ def edit_distance(a: Sequence, b: Sequence) -> int:
 @torch.no_grad()
 def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: torch.device,
             beam: int = 1) -> dict:
-    """Loss and token accuracy under teacher forcing; exact match and error rate (edit distance over
-    length) of what the model writes to each source by itself, against the nearest of its targets.
+    """Return loss and token accuracy under teacher forcing; exact match and error rate (edit
+    distance / length) of what the model writes by itself, against the nearest target of a source.
     """
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # for batches with little padding
@@ -507,13 +512,14 @@ def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: tor
     for source, target in pairs:
         answers[source].append(target)
     written = write_targets(model, vocabulary, list(answers), device, beam)
-    exact = errors = length = 0
+    exact = 0
+    errors = 0
+    length = 0
     for (tokens, _), targets in zip(written, answers.values()):
-        distances = [edit_distance(tokens, target) for target in targets]
-        nearest = distances.index(min(distances))
-        exact += tokens in targets
-        errors += distances[nearest]
-        length += len(targets[nearest])
+        nearest = min(targets, key=lambda target: edit_distance(tokens, target))
+        exact += tokens == nearest
+        errors += edit_distance(tokens, nearest)
+        length += len(nearest)
     return {"loss": torch.cat(losses).mean().item(),
             "token_accuracy": torch.cat(hits).float().mean().item(),
             "exact_match": exact / len(answers), "error_rate": errors / length}
@@ -530,7 +536,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     common.write_summary(folder, args, history, test)
     print("test: exact match {exact_match:.2%} (greedy decoding {greedy_exact_match:.2%}), error "
           "rate {error_rate:.2%}, tokens {token_accuracy:.2%}; epoch {best_epoch}".format(**test))
-    title = f"Transformer: {data.name}"
+    title = f"Transformer on {data.name}"
     figure, _ = common.plot_history(history, args, title, {
         "loss": {"training, smoothed": "train_loss", "validation": "validation_loss"},
         "fraction correct": {"training tokens": "train_token_accuracy",
@@ -538,29 +544,31 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
                              "validation sequences": "validation_exact_match"},
         "gradient norm": {"before clipping": "gradient_norm"}})
     common.save_figure(folder / "curves.png", figure)
-    plot_attention(folder / "attention.png", model, vocabulary, data.test[0], device, title)
+    draw_attention(folder / "attention.png", model, vocabulary, data.test[0], device, title)
 
 
-def plot_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
+def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
                    device: torch.device, title: str) -> None:
-    """Where each head of the last decoder layer looks while it writes the target of a pair."""
+    """Show where each head of the last decoder layer looks while it writes the target of a pair."""
     source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
     with torch.no_grad():
         model(source, shift_right(target))
     weights = model.decoder[-1].cross_attention.weights[0].cpu()  # (heads, T, S)
     read = [common.plain(vocabulary.tokens[number]) for number in source[0]]
     written = [common.plain(vocabulary.tokens[number]) for number in target[0]]
-    rows = math.ceil(len(weights) / 2)
-    figure, axes = common.new_figure(rows, 2, (8.3, 4 * rows), f"{title}: cross-attention")
+    columns = min(2, len(weights))
+    rows = math.ceil(len(weights) / columns)
+    figure, axes = common.new_figure(rows, columns, (8.3, 4 * rows), f"{title}: cross-attention")
     for head, axis in zip(weights, axes.flat):
-        axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
-        axis.set(xlabel="source", xticks=range(len(read)), xticklabels=read)
+        axis.imshow(head, cmap="Blues", vmax=1)
+        axis.set(xlabel="source", xticks=range(len(read)))
+        axis.set_xticklabels(read, rotation=90)
         axis.set(ylabel="target", yticks=range(len(written)), yticklabels=written)
     common.save_figure(path, figure)
 
 
 def load_model(path: Path, device: torch.device) -> tuple:
-    """The model saved in a best.pt, its vocabulary, and the checkpoint itself."""
+    """Return the model saved in a best.pt, its vocabulary, and the checkpoint itself."""
     checkpoint = common.load_checkpoint(path, "transformer.py")
     model = Transformer(**checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
@@ -576,13 +584,13 @@ def predict(args: Namespace, device: torch.device) -> None:
     if longest >= len(model.positions):
         raise common.UserError(f"--predict: a text has {longest} tokens, and the model takes up to "
                                f"{len(model.positions) - 1}; shorten it, or train on longer ones")
-    unknown = {token for source in sources for token in source}.difference(vocabulary.tokens)
+    unknown = set().union(*sources).difference(vocabulary.tokens)
     if unknown:
         common.warn("never seen in training: " + " ".join(sorted(unknown)[:20]))
-    separator = SEPARATORS[checkpoint["target_tokens"]]
     written = write_targets(model, vocabulary, sources, device, args.beam)
     for text, (tokens, probability) in zip(texts, written):
-        print(text, separator.join(tokens), f"{probability:.4f}", sep="\t")
+        target = SEPARATORS[checkpoint["target_tokens"]].join(tokens)
+        print(text, target, f"{probability:.4f}", sep="\t")
 
 
 # ---------------------------------------------------------------- Command line
@@ -595,18 +603,18 @@ def build_parser() -> common.ArgumentParser:
     count = common.number(int, 1)
     probability = common.number(float, 0, 0.99)
     add = parser.add_argument_group("options of the Transformer").add_argument
-    add("--data", default="synthetic", help="a CSV or TSV file with columns source and target")
-    add("--task", choices=list(TASKS), default="reverse", help="what the synthetic targets are")
-    add("--synthetic-size", type=count, default=50000, help="synthetic pairs")
-    add("--source-tokens", choices=list(SEPARATORS), default="chars", help="tokens of a source")
-    add("--target-tokens", choices=list(SEPARATORS), default="chars", help="tokens of a target")
-    add("--max-length", type=count, default=256, help="pairs with more tokens are left out")
+    add("--data", default="synthetic", help="synthetic, or a CSV or TSV file: source, target")
+    add("--task", choices=TASKS, default="reverse", help="the synthetic task")
+    add("--synthetic-size", type=count, default=50000, help="number of synthetic pairs")
+    add("--source-tokens", choices=SEPARATORS, default="chars", help="tokens of a source")
+    add("--target-tokens", choices=SEPARATORS, default="chars", help="tokens of a target")
+    add("--max-length", type=count, default=256, help="most tokens in a source or target")
     add("--d-model", type=count, default=64, help="width of the model, a multiple of --heads")
     add("--heads", type=count, default=4, help="attention heads in a layer")
     add("--layers", type=count, default=2, help="layers of the encoder, and of the decoder")
     add("--d-ff", type=count, default=256, help="hidden width of the feed-forward networks")
     add("--dropout", type=probability, default=0.0, help="dropout probability")
-    add("--label-smoothing", type=probability, default=0.1, help="label smoothing")
+    add("--label-smoothing", type=probability, default=0.1, help="fraction spread over all tokens")
     add("--beam", type=count, default=4, help="hypotheses that beam search keeps; 1 is greedy")
     add("--predict", nargs="+", metavar="TEXT", help="write targets with best.pt; - reads stdin")
     return parser

@@ -128,15 +128,15 @@ def block(axis, x, size, sheets, color, text):
 def model():
     """The CNN, from the image to the logits, with sizes."""
     figure, axis = draw.new(8.3, 3.9)
-    block(axis, 0, 1.6, 3, "white", "image\n3 x 32 x 32")
-    block(axis, 3.0, 0.8, 5, draw.BLUE, "32 x 16 x 16")
-    block(axis, 5.3, 0.4, 9, draw.BLUE, "64 x 8 x 8")
-    block(axis, 7.5, 0.2, 17, draw.BLUE, "128 x 4 x 4")
+    block(axis, 0, 1.6, 3, "white", "image\n3 × 32 × 32")
+    block(axis, 3.0, 0.8, 5, draw.BLUE, "32 × 16 × 16")
+    block(axis, 5.3, 0.4, 9, draw.BLUE, "64 × 8 × 8")
+    block(axis, 7.5, 0.2, 17, draw.BLUE, "128 × 4 × 4")
     for start, end, name in ((1.85, 2.9, "block 1"), (4.2, 5.2, "block 2"), (6.4, 7.4, "block 3")):
         draw.arrow(axis, (start, 0), (end, 0))
         axis.text((start + end) / 2, 0.08, name, ha="center", va="bottom", fontsize=10)
-    draw.box(axis, 1.7, -2.05, 3.4, 0.8, "one block: Conv2d 3 x 3, BatchNorm2d,\n"
-             "ReLU, MaxPool2d 2 x 2", draw.ORANGE)
+    draw.box(axis, 1.7, -2.05, 3.4, 0.8, "one block: Conv2d 3 × 3,\n"
+             "BatchNorm2d, ReLU, MaxPool2d 2 × 2", draw.ORANGE)
     draw.box(axis, 4.6, -2.05, 0.9, 0.8, "Flatten\n2048", draw.GRAY)
     draw.box(axis, 6.3, -2.05, 1.5, 0.8, "Linear, ReLU,\nDropout: 256", draw.GREEN)
     draw.box(axis, 8.1, -2.05, 1.1, 0.8, "Linear:\n10 logits", draw.GREEN)
@@ -186,7 +186,7 @@ def features(checkpoint, file, count=8):
             axis.imshow(x[0, channel], cmap="gray", vmin=0)
         axes[row, 0].axis("off")
         axes[row, 0].text(0.5, 0.5, f"block {row}:\n{count} of {x.shape[1]}\nmaps, each\n"
-                          f"{x.shape[2]} x {x.shape[3]}", fontsize=10, ha="center", va="center",
+                          f"{x.shape[2]} × {x.shape[3]}", fontsize=10, ha="center", va="center",
                           transform=axes[row, 0].transAxes)
     axes[0, 0].imshow(image)
     axes[0, 0].set_title("image", fontsize=10)

@@ -41,7 +41,7 @@ def train_classifier(images, labels):
     model.train()
     for epoch in range(args.epochs):
         for indices in common.shuffled_batches(len(labels), 64, 0, epoch):
-            logits = model(cnn.random_crop_flip(images, indices, padding=2, flip=False))
+            logits = model(cnn.random_crop_flip(images, indices, 2, flip=False))
             loss = F.cross_entropy(logits, labels[indices])
             optimizer.zero_grad()
             loss.backward()

@@ -176,9 +176,9 @@ def test_missing_sets_are_tenths_without_hidden_folders_and_copies(photos):
 @pytest.mark.parametrize("folders, message", [
     (["training_set/a", "b"], "rename training_set to train, val or test"),
     (["train/a", "train/b", "Testing/a"], "rename Testing to train, val or test"),
-    (["a"], "photos has 1 folders of images; one is needed for each of at least two classes"),
+    (["a"], "photos has 1 class folders; at least two are needed"),
     (["train/a", "train/b", "test/a", "test/c"],
-     "photos/test and photos/train have not the same classes; they differ in b, c"),
+     "photos/test and photos/train do not have the same classes: b, c"),
 ])
 def test_folders_of_another_structure_are_refused(photos, folders, message):
     for name in folders:
@@ -280,8 +280,8 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
     (["--predict", "x.png"], "there is no runs/cnn/best.pt; train first, or name the run's folder "
                              "with --out"),
     ([*TINY, "--lr", 1e9, "--clip", "inf", "--no-batch-norm"],
-     "the loss or its gradient is not finite; start again with a lower --lr or --clip (the "
-     "checkpoint of the epoch before is kept)"),
+     "the loss or its gradient is not finite; start again with a lower --lr or --clip "
+     "(checkpoints of earlier epochs are kept)"),
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(run, options, message):
     assert run("cnn.py", *options, status=2).stderr == f"cnn.py: error: {message}\n"

@@ -264,14 +264,13 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
 @pytest.mark.parametrize("options, message", [
     (["--sample", 3], "there is no runs/gan/best.pt; train first, or name the run's folder with "
                       "--out"),
-    (["--sample", 0], "argument --sample: 0 is not from 1 to 1000000000"),
     (["--size", 30], "--size must be a multiple of 4"),
     (["--data", "nowhere"], "--data nowhere: not a folder, nor a data set (see --help)"),
     (["--data", "same"], "--data same: only 1 images in it are different; at least 100 are needed"),
-    (["--data", "."], "--data . and runs/gan, which is written to, must be apart"),
-    (["--data", "images"], "--data images and images, which is written to, must be apart"),
+    (["--data", "."], "--data . and runs/gan, where the run writes, must be apart"),
+    (["--data", "images"], "--data images and images, where the run writes, must be apart"),
     (["--data", "same", "--out", "same/out"],
-     "--data same and same/out, which is written to, must be apart"),
+     "--data same and same/out, where the run writes, must be apart"),
 ])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

@@ -103,6 +103,5 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, script):
 
 
 def test_a_batch_too_small_to_share_is_one_line(tmp_path):
-    # Each process says so; the scripts need 2 examples in each.
-    with pytest.raises(AssertionError, match="each of 2 processes needs"):
+    with pytest.raises(AssertionError, match="a step needs at least 4 training examples"):
         launch(tmp_path, 2, "cnn.py", *TINY["cnn"].split(), "--batch-size", 3)
