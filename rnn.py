@@ -55,11 +55,11 @@ class Dataset(NamedTuple):
 def temporal_order(count: int, seed: int) -> list:
     """Strings and their classes: noise except for three X or Y, whose order is the class.
 
-    Problem 6b of Hochreiter and Schmidhuber, 1997, in strings of 60 to 100 symbols.
+    Problem 6b of Hochreiter and Schmidhuber, 1997, in strings of 80 to 100 symbols.
     """
     rng = np.random.default_rng(seed)
     rows = []
-    for length in rng.integers(60, 101, count):
+    for length in rng.integers(80, 101, count):
         symbols = rng.choice(list("abcd"), length)
         order = rng.choice(list("XY"), 3)
         places = length * rng.uniform((0.1, 0.33, 0.66), (0.2, 0.43, 0.76))

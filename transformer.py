@@ -84,7 +84,7 @@ class Vocabulary:
         self.numbers = {token: number for number, token in enumerate(self.tokens)}
 
     def encode(self, rows: list, device: torch.device) -> Tensor:
-        """N rows of tokens, each with <eos>, filled up with <pad>: int64 (N, longest row + 1)."""
+        """Return int64 (N, longest row + 1): each row of tokens with <eos>, filled up with <pad>."""
         encoded = []
         for row in rows:
             numbers = [self.numbers.get(token, UNK) for token in row]

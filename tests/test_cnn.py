@@ -228,18 +228,18 @@ def test_details_that_32_pixels_cannot_show_are_learned_at_96(run, photos):
 
 # ---------------------------------------------------------------- The command line
 
-LEARN = ("--data", "synthetic", "--synthetic-size", 4000, "--epochs", 5, "--batch-size", 32,
-         "--lr", 0.05, "--widths", 16, 32, 64)
+LEARN = ("--data", "synthetic", "--synthetic-size", 3000, "--epochs", 4, "--batch-size", 32,
+         "--lr", 0.05, "--widths", 12, 24, 48, "--hidden", 64)
 
 
 def test_it_learns_writes_everything_and_predicts(run, tmp_path, monkeypatch):
     monkeypatch.chdir(str(tmp_path))
     done = run("cnn.py", *LEARN, "--device", "cpu")
-    assert summary()["accuracy"] > 0.55  # chance is 0.1
+    assert summary()["accuracy"] > 0.5  # chance is 0.1
     assert f"accuracy {summary()['accuracy']:.2%}" in done.stdout and done.stderr == ""
     rows = list(csv.DictReader(Path("runs/cnn/history.csv").open()))
-    assert [row["epoch"] for row in rows] == list("12345")
-    assert float(rows[4]["train_loss"]) < float(rows[0]["train_loss"])
+    assert [row["epoch"] for row in rows] == list("1234")
+    assert float(rows[3]["train_loss"]) < float(rows[0]["train_loss"])
     assert 0 <= float(rows[0]["clipped"]) <= 1 and float(rows[0]["gradient_norm"]) > 0
     for plot in ("curves", "confusion", "predictions"):
         with Image.open(f"runs/cnn/{plot}.png") as image:
@@ -253,7 +253,7 @@ def test_it_learns_writes_everything_and_predicts(run, tmp_path, monkeypatch):
     files, classes, probabilities = zip(*(line.split("\t") for line in predicted.splitlines()))
     assert list(files) == names and min(map(float, probabilities)) >= 0.1
     expected = [list(cnn.SHAPES)[label] for label in shapes.labels]
-    assert sum(map(str.__eq__, classes, expected)) > 16
+    assert sum(map(str.__eq__, classes, expected)) > 12  # chance is 4
     assert run("cnn.py", "--predict", "-", stdin="\n".join(names)).stdout == predicted
     assert run("cnn.py", "--predict", "-").stdout == ""
     assert "no.png: " in run("cnn.py", "--predict", "no.png", status=2).stderr
@@ -263,10 +263,11 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
     offline = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     problem = "CIFAR10 is not in data, and cannot be downloaded: .*refused.*"
     done = run("cnn.py", *TINY, "--data", "auto", "--epochs", 1, env=offline)
-    assert re.fullmatch(f"warning: {problem}; training on synthetic shapes instead\n", done.stderr)
+    warning = done.stderr.splitlines()[-1]  # old versions of torchvision print progress
+    assert re.fullmatch(f"warning: {problem}; training on synthetic shapes instead", warning)
     assert done.stdout.startswith("synthetic, on cpu: ")
     done = run("cnn.py", "--data", "cifar10", status=2, env=offline)
-    assert re.fullmatch(f"cnn.py: error: {problem}\n", done.stderr)
+    assert re.fullmatch(f"cnn.py: error: {problem}", done.stderr.splitlines()[-1])
 
 
 @pytest.mark.parametrize("options, message", [
@@ -293,4 +294,4 @@ def test_a_mistake_is_one_line_and_exit_status_2(run, options, message):
     ["--compile"]])
 def test_it_trains_on_cuda(run, tmp_path, options):
     run("cnn.py", *LEARN, "--device", "cuda", *options)
-    assert summary(tmp_path / "runs" / "cnn")["accuracy"] > 0.55
+    assert summary(tmp_path / "runs" / "cnn")["accuracy"] > 0.5

@@ -53,7 +53,7 @@ def parse(tmp_path, monkeypatch):
     return start
 
 
-@pytest.mark.filterwarnings("ignore:with another --epochs")
+@pytest.mark.filterwarnings("ignore:another --epochs")
 @pytest.mark.parametrize("script, action", CASES, ids=NAMES)
 def test_with_resume_an_option_acts_or_is_refused(parse, script, action):
     flag, name = action.option_strings[0], action.dest
@@ -100,7 +100,7 @@ def test_a_bad_value_is_one_line_that_names_the_option(parse, script, action):
 def test_a_run_resumes_with_more_epochs_and_its_own_options(run, script):
     run(f"{script}.py", *TINY[script].split(), "--out", "run")
     done = run(f"{script}.py", "--resume", "--out", "run", "--epochs", 2)
-    assert ("warning: with another --epochs the schedule has another length: the learning rate "
+    assert ("warning: another --epochs changes the length of the schedule, so the learning rate "
             "jumps\n") in done.stderr
     assert "resumed after epoch 1\n" in done.stdout
     done = run(f"{script}.py", "--resume", "--out", "run", "--seed", 1, status=2)
@@ -121,5 +121,5 @@ def test_moved_data_resume_and_other_data_are_refused(run, tmp_path):
     shutil.move(str(tmp_path / "old"), str(tmp_path / "new"))
     run("rnn.py", "--resume", "--epochs", 2, "--data", "new/rows.tsv")
     done = run("rnn.py", "--resume", "--data", "other/rows.tsv", status=2)
-    assert done.stderr.splitlines()[-1] == ("rnn.py: error: --data other/rows.tsv: not the data "
-                                            "that the run in runs/rnn began with")
+    assert done.stderr.splitlines()[-1] == ("rnn.py: error: --data other/rows.tsv: the run in "
+                                            "runs/rnn was started with other data")

@@ -128,7 +128,7 @@ def test_temporal_order():
     rows = rnn.temporal_order(2000, 0)
     assert rnn.temporal_order(2000, 0) == rows != rnn.temporal_order(2000, 1)
     assert len({order for _, order in rows}) == 8
-    assert {len(text) for text, _ in rows} == set(range(60, 101))
+    assert {len(text) for text, _ in rows} == set(range(80, 101))
     for text, order in rows:
         places = [i for i, symbol in enumerate(text) if symbol in "XY"]
         assert "".join(text[i] for i in places) == order and len(places) == 3
