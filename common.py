@@ -45,7 +45,7 @@ def run_main(main: Callable) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     warnings.filterwarnings("ignore", module=r"torch\b")
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # has a new name in 2.15
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # it has a new name
     try:
         start_processes()
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")

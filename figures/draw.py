@@ -1,6 +1,6 @@
-"""Draw the diagrams of the four documents: python figures/draw.py [cnn] [rnn] [gan] [transformer]
+"""Draw the diagrams of the four guides: python figures/draw.py [cnn] [rnn] [gan] [transformer]
 
-Each document has a file of its own here, draw_cnn.py and so on; this one holds the style that they
+Each guide has a file of its own here, draw_cnn.py and so on; this one holds the style that they
 share. Plots of measurements are not drawn here: the scripts write those themselves.
 """
 
@@ -66,7 +66,8 @@ def save(figure, name, axes=None):
 
 def main():
     sys.path.insert(0, str(FOLDER))
-    for name in sys.argv[1:] or ("cnn", "rnn", "gan", "transformer"):
+    names = ("cnn", "rnn", "gan", "transformer")
+    for name in [word for word in sys.argv[1:] if word in names] or names:
         importlib.import_module(f"draw_{name}").main()
 
 
