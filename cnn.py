@@ -161,9 +161,9 @@ def load_data(args: Namespace) -> Dataset:
             common.warn(f"{error}; training on synthetic shapes instead")
             name = "synthetic"
     if name == "synthetic":
-        count, size = args.synthetic_size, args.size
-        sets = {"train": synthetic_shapes(count, size, args.seed),
-                "test": synthetic_shapes(count // 5, size, args.seed + 10**9)}
+        count = args.synthetic_size
+        sets = {"train": synthetic_shapes(count, args.size, args.seed),
+                "test": synthetic_shapes(count // 5, args.size, args.seed + 10**9)}
     elif name != "cifar10":
         sets, classes = load_image_folder(args)
     sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
@@ -244,14 +244,14 @@ class CNN(nn.Module):
     """
 
     def __init__(self, classes: int = 10, size: int = 32,
-                 widths: Sequence[int] = (32, 64, 128), convs: int = 1,
+                 widths: Sequence = (32, 64, 128), convs: int = 1,
                  hidden: int = 256, dropout: float = 0.2, batch_norm: bool = True,
-                 mean: Sequence[float] = (0.5, 0.5, 0.5),
-                 std: Sequence[float] = (0.25, 0.25, 0.25)):
+                 mean: Sequence = (0.5, 0.5, 0.5),
+                 std: Sequence = (0.25, 0.25, 0.25)):
         super().__init__()
         # Scaled to pixels from 0 to 255; the shape broadcasts over (N, 3, size, size).
-        self.register_buffer("mean", 255 * torch.tensor(mean)[:, None, None])
-        self.register_buffer("std", 255 * torch.tensor(std)[:, None, None])
+        self.register_buffer("mean", 255 * torch.as_tensor(mean)[:, None, None])
+        self.register_buffer("std", 255 * torch.as_tensor(std)[:, None, None])
         # Sizes for images of 32 x 32 pixels and the default widths.
         self.features = nn.Sequential(
             conv_block(3, widths[0], convs, batch_norm),  # (N, 32, 16, 16)
@@ -312,11 +312,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     options = {
         "classes": len(data.classes), "size": args.size, "widths": args.widths,
         "convs": args.convs, "hidden": args.hidden, "dropout": args.dropout,
-        "batch_norm": not args.no_batch_norm,
-        "mean": pixels.mean(0).tolist(),
-        "std": pixels.std(0).clamp(min=1e-3).tolist()}
+        "batch_norm": not args.no_batch_norm}
     flip = not args.no_flip
-    model = CNN(**options).to(device)
+    model = CNN(**options, mean=pixels.mean(0), std=pixels.std(0).clamp(min=1e-3)).to(device)
     # The training set is kept on the device, so a batch is one indexing operation.
     images = data.train.images.to(device)
     labels = data.train.labels.to(device)
@@ -451,13 +449,13 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
     figure, axes = common.new_figure(1, 1, (inches + 1, inches), title)
     axis = axes[0, 0]
     colors = axis.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(colors, label="fraction of the true class", shrink=0.8)
+    figure.colorbar(colors, label="fraction of the true class")
     names = [common.plain(name) for name in classes]
     axis.set(xlabel="predicted", ylabel="true")
     axis.set_yticks(range(count))
     axis.set_yticklabels(names)
     axis.set_xticks(range(count))
-    axis.set_xticklabels(names, rotation=45, ha="right", rotation_mode="anchor")
+    axis.set_xticklabels(names, rotation=45, ha="right")
     # With more classes there is no room for numbers.
     if count <= 20:
         for (row, column), images in np.ndenumerate(confusion.numpy()):
@@ -473,7 +471,7 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     columns = 8
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     correct = predicted == data.test.labels
-    figure, axes = common.new_figure(4, columns, (1.3 * columns, 7), title)
+    figure, axes = common.new_figure(4, columns, (10, 7), title)
     for axis in axes.flat:
         axis.axis("off")
     for rows, mask, color in ((axes[:2], correct, "green"), (axes[2:], ~correct, "red")):

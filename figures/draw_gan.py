@@ -211,7 +211,7 @@ def modes():
     torch.manual_seed(0)
     real = ring(8)
     sets = {"good": ring(8), "mode collapse": ring(2), "lost game": 0.15 * torch.randn(500, 2)}
-    figure, axes = plots(3, 3.5)
+    figure, axes = plots(3, 3.7)
     for axis, (title, fake) in zip(axes, sets.items()):
         metrics = gan.density_coverage(real, fake)
         metrics["frechet"] = gan.frechet_distance(real, fake)
