@@ -424,7 +424,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     common.write_summary(folder, args, history, test)
     title = f"CNN on {data.name}"
     figure, _ = common.plot_history(history, args, title, {
-        "loss": {"training, smoothed": "train_loss", "validation": "validation_loss"},
+        "loss": {"training, with label smoothing": "train_loss", "validation": "validation_loss"},
         "fraction correct": {"training": "train_accuracy", "validation": "validation_accuracy"},
         "gradient norm": {"before clipping": "gradient_norm"}})
     common.save_figure(folder / "curves.png", figure)

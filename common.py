@@ -277,7 +277,8 @@ def run_folder(args: Namespace) -> Iterator[Path]:
     folder = Path(args.out).resolve()  # of a symbolic link, the folder that it points to
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"--out {args.out} holds more than a run; name a folder of its own")
-    if RANK == 0:
+
+    def prepare():
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
         if any(folder.glob(f"{args.subfolder}/*.pt")) and not args.resume:
@@ -286,6 +287,7 @@ def run_folder(args: Namespace) -> Iterator[Path]:
             warn(f"--out {args.out} held another run, which is now in {old}")
             folder.mkdir()
             lock(folder)
+    on_first(prepare)
     try:
         yield folder
     except KeyboardInterrupt:

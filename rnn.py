@@ -53,7 +53,7 @@ class Dataset(NamedTuple):
 
 
 def temporal_order(count: int, seed: int) -> list:
-    """Strings and their classes: noise except for three X or Y, whose order is the class.
+    """Return strings and their classes: noise, except for three X or Y, whose order is the class.
 
     Problem 6b of Hochreiter and Schmidhuber, 1997, in strings of 80 to 100 symbols.
     """
@@ -69,7 +69,7 @@ def temporal_order(count: int, seed: int) -> list:
 
 
 def sorting(count: int, seed: int) -> list:
-    """Strings of 8 to 16 digits, and the same digits sorted."""
+    """Return strings of 8 to 16 digits, and the same digits sorted."""
     rng = np.random.default_rng(seed)
     rows = []
     for length in rng.integers(8, 17, count):
@@ -97,7 +97,7 @@ def tokenize(texts: list, tokens: str) -> list:
 
 
 def build_vocabulary(sequences: list, tokens: str) -> list:
-    """The SPECIAL tokens, and all that occur at least twice in the training set."""
+    """Return the SPECIAL tokens, and all that occur at least twice in the training set."""
     counts = Counter()
     for sequence in sequences:
         counts.update(sequence)
@@ -109,7 +109,7 @@ def build_vocabulary(sequences: list, tokens: str) -> list:
 
 
 def encode(sequences: list, vocabulary: list) -> list:
-    """The number of each token: int64 (length,). A sequence without tokens is one UNKNOWN."""
+    """Return the indices of the tokens, int64 (length,), for each sequence."""
     number = {token: i for i, token in enumerate(vocabulary)}
     encoded = []
     for sequence in sequences:
@@ -119,7 +119,7 @@ def encode(sequences: list, vocabulary: list) -> list:
 
 
 def describe_classes(labels: list, training: list) -> list:
-    """Print how many texts each class has. Returns the names; raises UserError for too few texts.
+    """Print the number of texts in each class and return the class names.
 
     training: the indices of the training set.
     """
@@ -128,8 +128,8 @@ def describe_classes(labels: list, training: list) -> list:
     print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes))
     missing = sorted(set(classes) - {labels[i] for i in training})
     if missing or len(classes) < 2:
-        raise common.UserError("--data: two classes are needed, with three different texts of "
-                               f"each; too few of: {', '.join(missing or classes)}")
+        raise common.UserError("--data: at least two classes are needed, and three different "
+                               f"texts in each; too few in: {', '.join(missing or classes)}")
     return classes
 
 
@@ -162,16 +162,16 @@ def load_data(args: Namespace, task: str) -> Dataset:
 
 
 def groups(task: str, lengths: Tensor) -> list:
-    """Indices of the sequences that may share a batch, a tensor for each group."""
+    """Return the indices of sequences that may be in one batch, one tensor per group."""
     if task == "classify":
-        # All. Shorter ones are padded at their end, which is after the step that is used.
+        # All, sorted by length, so that measure() pads little. Padding comes after the step used.
         return [lengths.argsort()]
-    # Those of one length: the encoder's last state is that after the last column.
+    # Those of equal length, so that the encoder's last state is after the last token of each.
     return [torch.where(lengths == length)[0] for length in lengths.unique()]
 
 
 def shuffled_batches(data: Dataset, args: Namespace, epoch: int) -> list:
-    """The indices of each batch of an epoch, in random order."""
+    """Return the indices of each batch of an epoch, in random order."""
     batches = []
     for i, group in enumerate(groups(data.task, data.train.lengths)):
         chosen = common.shuffled_batches(len(group), args.batch_size, args.seed, epoch, i)
@@ -181,7 +181,7 @@ def shuffled_batches(data: Dataset, args: Namespace, epoch: int) -> list:
 
 
 def get_batch(sequences: SequenceSet, indices: Tensor, device: torch.device) -> SequenceSet:
-    """The sequences with these indices, cut to the longest of them."""
+    """Return the sequences with these indices, cut to the longest of them."""
     lengths = sequences.lengths[indices]
     longest = lengths.max()
     return SequenceSet(sequences.inputs[indices, :longest].to(device), lengths,
@@ -194,10 +194,14 @@ def get_batch(sequences: SequenceSet, indices: Tensor, device: torch.device) -> 
 class Recurrent:
     """Recurrent layers, one on top of the other; a subclass says what one step computes.
 
-    The class of torch.nn that is its other base creates the parameters; arguments and results are
-    as there. inputs: float (T, N, input_size); state: (layers, N, H), for the LSTM a tuple of two,
-    hidden states and cells; zeros if None. Returns the hidden states of the last layer (T, N, H),
-    and the state of all layers after the last step.
+    A mixin: `class LSTM(Recurrent, nn.LSTM)` takes parameters and attributes (num_layers, mode,
+    all_weights, ...) from nn.LSTM and replaces its forward(). inputs: float (T, N, input_size);
+    state: (layers, N, H), for the LSTM a tuple of two, hidden states and cells; zeros if None.
+    Returns the hidden states of the last layer (T, N, H), and the last state of all layers.
+
+    step(from_input, from_state, state) gets W_ih x_t + b_ih and W_hh h_(t-1) + b_hh, each
+    (N, gates * H), and the state before the step, a list of tensors (N, H). It returns the state
+    after it, and for plots the gate that says how much of the state is kept.
     """
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple:
@@ -211,40 +215,35 @@ class Recurrent:
         for layer, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(self.all_weights):
             if layer > 0:
                 x = F.dropout(x, self.dropout, self.training)
-            # The products with the inputs wait for no state: one large one serves all steps.
-            x = F.linear(x, weight_ih, bias_ih)  # (T, N, gates * H)
+            # The input products do not depend on the state, so one matrix product serves all steps.
+            products = F.linear(x, weight_ih, bias_ih)  # (T, N, gates * H)
             now = [part[layer] for part in parts]  # (N, H) each
             steps = []
-            for x_t in x:
-                h = F.linear(now[0], weight_hh, bias_hh)  # (N, gates * H)
-                now, gate = self.step(x_t, h, now)
+            for from_input in products:
+                from_state = F.linear(now[0], weight_hh, bias_hh)  # (N, gates * H)
+                now, gate = self.step(from_input, from_state, now)
                 steps.append((now, gate))
-            x = torch.stack([now[0] for now, _ in steps])  # (T, N, H)
+            x = torch.stack([after[0] for after, _ in steps])  # (T, N, H)
             last.append(now)
             self.trace.append(steps)
         final = tuple(torch.stack(part) for part in zip(*last))  # (layers, N, H) each
         return x, final if self.mode == "LSTM" else final[0]
 
 
-# A step gets x = W_ih x_t + b_ih and h = W_hh h_(t-1) + b_hh, (N, gates * H) each, and the state
-# before it, a list of tensors (N, H). It returns the state after it, and for plots the gate that
-# says how much of a state is kept.
-
-
 class RNN(Recurrent, nn.RNN):
     """A plain recurrent network, after Elman, 1990."""
 
-    def step(self, x, h, state):
-        hidden = torch.tanh(x + h)
+    def step(self, from_input: Tensor, from_state: Tensor, state: list) -> tuple:
+        hidden = torch.tanh(from_input + from_state)
         return [hidden], None
 
 
 class LSTM(Recurrent, nn.LSTM):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997; forget gate: Gers et al., 2000)."""
 
-    def step(self, x, h, state):
+    def step(self, from_input: Tensor, from_state: Tensor, state: list) -> tuple:
         hidden, cell = state
-        i, f, g, o = (x + h).chunk(4, dim=1)  # (N, H) each
+        i, f, g, o = (from_input + from_state).chunk(4, dim=1)  # (N, H) each
         i = torch.sigmoid(i)  # input gate
         f = torch.sigmoid(f)  # forget gate
         g = torch.tanh(g)  # candidate
@@ -257,10 +256,10 @@ class LSTM(Recurrent, nn.LSTM):
 class GRU(Recurrent, nn.GRU):
     """Gated recurrent unit (Cho et al., 2014), with the reset gate after the product with W_hn."""
 
-    def step(self, x, h, state):
+    def step(self, from_input: Tensor, from_state: Tensor, state: list) -> tuple:
         hidden, = state
-        x_r, x_z, x_n = x.chunk(3, dim=1)  # (N, H) each
-        h_r, h_z, h_n = h.chunk(3, dim=1)
+        x_r, x_z, x_n = from_input.chunk(3, dim=1)  # (N, H) each
+        h_r, h_z, h_n = from_state.chunk(3, dim=1)
         r = torch.sigmoid(x_r + h_r)  # reset gate
         z = torch.sigmoid(x_z + h_z)  # update gate
         n = torch.tanh(x_n + r * h_n)  # candidate
@@ -274,11 +273,11 @@ CELLS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
 
 def make_layers(hidden: int, dropout: float, cell: str = "lstm", backend: str = "torch",
                 layers: int = 2, chrono_max: float = 100) -> nn.Module:
-    """Recurrent layers whose units at first keep what they hold for 1 to `chrono_max` steps.
+    """Create recurrent layers that at first keep what they hold for 1 to `chrono_max` steps.
 
     Chrono initialization (Tallec and Ollivier, 2018).
     """
-    # A single layer has nothing between layers to drop.
+    # Dropout acts between layers; a single layer has none.
     module = CELLS[backend][cell](hidden, hidden, layers, dropout=dropout if layers > 1 else 0.0)
     for name, bias in module.named_parameters():
         if name.startswith("bias_hh") and cell != "rnn":
@@ -368,12 +367,12 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 
 def score(row: dict) -> tuple:
-    """What the best epoch has most of: validation accuracy; of equal ones, the lower loss."""
+    """Return what epochs are compared by: validation accuracy, then the lower validation loss."""
     return row["validation_accuracy"], -row["validation_loss"]
 
 
 def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch.device) -> list:
-    """Train a cell on a task; keep its last and its best epoch in `folder`. Returns the history."""
+    """Train a cell on a task; keep its last and its best epoch in `folder`. Return the history."""
     # All cells begin with the same seed, and see the same batches.
     torch.manual_seed(args.seed)
     options = {"tokens": len(data.vocabulary), "answers": len(data.answers), "hidden": args.hidden,
@@ -389,7 +388,6 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
         history = common.resume(folder, args, state)
     ddp_model = common.data_parallel(model, args, device)
     autocast = common.autocast(args.precision, device, large=False)
-    # Not before: by now the first process has moved an earlier run aside.
     folder.mkdir(exist_ok=True)
 
     for epoch in common.epochs(args, history, score):
@@ -431,15 +429,14 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
 
 # ---------------------------------------------------------------- Evaluation and plots
 
+# The cells that can be compared, each with its line style.
 STYLES = {"lstm": "C0-", "gru": "C1--", "rnn": "C2:"}
 
 
 @torch.no_grad()
-def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.device,
-            teacher_forcing: float = 0.0) -> dict:
-    """Loss, predictions (shaped as the targets), accuracy of whole answers and of single tokens.
-
-    By default a decoder is fed what it predicted, as it has to be when nobody knows the answer.
+def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.device) -> dict:
+    """Return the loss, the predictions (shaped as the targets), and the accuracy of whole answers
+    and of tokens. A decoder is fed its own predictions, as at inference.
     """
     model.eval()  # batch norm by its running statistics, no dropout
     loss = 0.0
@@ -448,7 +445,7 @@ def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.d
     for group in groups(task, sequences.lengths):
         for indices in group.split(500):
             batch = get_batch(sequences, indices, device)
-            logits = model(*batch, teacher_forcing)
+            logits = model(*batch, 0.0)
             loss += cross_entropy(logits, batch.targets, reduction="sum").item()
             count += batch.targets.numel()
             best = logits.argmax(-1).view(batch.targets.shape)
@@ -460,7 +457,7 @@ def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.d
 
 
 def load_model(path: Path, device: torch.device) -> tuple:
-    """The model saved in a best.pt, and the checkpoint itself."""
+    """Load a model, and the checkpoint that it is in."""
     checkpoint = common.load_checkpoint(path, "rnn.py")
     model = MODELS[checkpoint["task"]](**checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
@@ -517,9 +514,9 @@ def plot_cells(path: Path, title: str, curves: dict, rotation: int = 0, **labels
 def look_inside(data: Dataset, cells: dict, folder: Path, seed: int, title: str) -> None:
     """Plot how far back gradients reach, and what a gate does while it reads a text."""
     lengths = data.test.lengths
-    longest = lengths == lengths.max()
-    inputs = data.test.inputs[longest]
-    targets = data.test.targets[longest]
+    # Equally long ones, so without padding; a hundred are enough.
+    longest = torch.where(lengths == lengths.max())[0][:100]
+    inputs, _, targets = get_batch(data.test, longest, "cpu")
     # A text of about 60 tokens, which fit side by side below a plot.
     chosen = (lengths - 60).abs().argmin()
     text = data.test.inputs[chosen, :lengths[chosen]]  # (T,)
@@ -547,8 +544,8 @@ def look_inside(data: Dataset, cells: dict, folder: Path, seed: int, title: str)
 
 
 def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The norm of the gradient of the loss by the first layer's state 1, 2, ... T - 1 steps before
-    the end, relative to that at the end: (T - 1,), a mean over the sequences.
+    """Return the norm of the gradient of the loss with respect to the first layer's state, 1 to
+    T - 1 steps before the end, relative to that at the end: (T - 1,), a mean over sequences.
 
     The model has backend scratch. inputs: int64 (N, T), without padding; targets: int64 (N, 1).
     """
@@ -589,14 +586,15 @@ def build_parser() -> common.ArgumentParser:
     parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", subfolder="*-*", epochs=10,
                                   batch_size=128, lr=5e-3, warmup=0.1, weight_decay=0.01, clip=1.0,
                                   patience=5)
-    count, probability = common.number(int, 1), common.number(float, 0, 1)
+    count = common.number(int, 1)
+    probability = common.number(float, 0, 1)
     add = parser.add_argument_group("options of the RNN").add_argument
     add("--data", default="synthetic", help="synthetic, or a CSV or TSV file: text, label")
     add("--synthetic-size", type=common.number(int, 100), default=2500,
         help="strings to classify; there are five times as many to sort")
     add("--tokens", choices=["chars", "words"], default="chars", help="what texts are split into")
     add("--tasks", choices=list(MODELS), nargs="+", default=list(MODELS),
-        help="your own data are for classify alone")
+        help="tasks to train; --data FILE supports classify only")
     add("--cells", choices=list(STYLES), nargs="+",
         help="what to compare: lstm and gru; on synthetic strings to classify also rnn")
     add("--backend", choices=list(CELLS), default="torch", help="cells of torch.nn or of this file")
@@ -604,12 +602,12 @@ def build_parser() -> common.ArgumentParser:
     add("--layers", type=count, default=2, help="recurrent layers")
     add("--dropout", type=probability, default=0.1, help="dropout probability")
     add("--chrono-max", type=common.number(float, 1), default=100,
-        help="longest time scale of a unit before training, in steps (chrono initialization)")
+        help="longest initial time scale of a unit, in steps (chrono initialization)")
     add("--teacher-forcing", type=probability, default=1.0,
         help="probability that a decoder is fed the true token, not the one it predicted")
     add("--decay-teacher-forcing", action="store_true",
         help="lower that probability linearly, to 0 in the last epoch")
-    add("--predict", nargs="+", help="texts to classify with best.pt; - for those on stdin")
+    add("--predict", nargs="+", help="texts to classify; - reads them from stdin")
     return parser
 
 
@@ -622,7 +620,7 @@ def choose_cells(args: Namespace) -> dict:
         raise common.UserError("--tokens words: synthetic strings have no words; add --data FILE")
     chosen = {task: args.cells or cells[task] for task in args.tasks if task in cells}
     if not chosen:
-        raise common.UserError("--tasks generate: for synthetic strings alone; leave --data out")
+        raise common.UserError("--tasks generate needs synthetic data; leave out --data")
     return chosen
 
 

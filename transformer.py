@@ -27,9 +27,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import common
 
-# Padding, end and begin of a sequence, a token that is not in the training set.
+# The special tokens, first in each vocabulary: padding, end and begin of a sequence, unknown token.
 PAD, EOS, BOS, UNK = range(4)
-# What joins the tokens of a text.
+# The separator between the tokens of a text.
 SEPARATORS = {"chars": "", "words": " "}
 
 # ---------------------------------------------------------------- Data
@@ -77,24 +77,24 @@ def split_tokens(text: str, kind: str) -> tuple:
 
 
 class Vocabulary:
-    """The tokens of the training set and their numbers, one list for sources and targets."""
+    """Maps tokens to ids and back; sources and targets share one vocabulary."""
 
     def __init__(self, tokens: list):
         self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]
-        self.numbers = {token: number for number, token in enumerate(self.tokens)}
+        self.ids = {token: number for number, token in enumerate(tokens, UNK + 1)}
 
     def encode(self, rows: list, device: torch.device) -> Tensor:
-        """Return int64 (N, longest row + 1): each row of tokens with <eos>, filled up with <pad>."""
+        """Append <eos> to each row of tokens and pad with <pad>: int64 (N, longest row + 1)."""
         encoded = []
         for row in rows:
-            numbers = [self.numbers.get(token, UNK) for token in row]
-            encoded.append(torch.tensor([*numbers, EOS]))
+            ids = [self.ids.get(token, UNK) for token in row]
+            encoded.append(torch.tensor([*ids, EOS]))
         return pad_sequence(encoded, batch_first=True, padding_value=PAD).to(device)
 
-    def decode(self, numbers: list) -> tuple:
+    def decode(self, ids: list) -> tuple:
         """Return the tokens before the first <eos>, or all if there is none."""
-        end = [*numbers, EOS].index(EOS)
-        return tuple(self.tokens[number] for number in numbers[:end])
+        end = [*ids, EOS].index(EOS)
+        return tuple(self.tokens[number] for number in ids[:end])
 
 
 class Dataset(NamedTuple):
@@ -109,7 +109,7 @@ class Dataset(NamedTuple):
 
 
 def load_data(args: Namespace) -> Dataset:
-    """Make or read the pairs of --data; a tenth of the sources is for validation, one for the test.
+    """Make or read the pairs of --data; a tenth of the sources each is for validation and test.
 
     Raises UserError if there are fewer than 10 sources, or if a pair is too long.
     """
@@ -129,9 +129,9 @@ def load_data(args: Namespace) -> Dataset:
     longest = max(lengths)
     if longest > args.max_length:
         example = table[lengths.index(longest)][0][:50]
-        raise common.UserError(f"--data {args.data}: pairs of up to {longest} tokens, such as that "
-                               f"of {example}; shorten them, or raise --max-length")
-    # Equal sources are in the same part, and so in the same set.
+        raise common.UserError(f"--data {args.data}: the source or target of {example} has "
+                               f"{longest} tokens; shorten it, or raise --max-length")
+    # Part 0 is for validation, 1 for the test. Equal sources are in the same part.
     parts = common.split_tenths(sources, [0] * len(sources), args.seed).tolist()
     sets = [], [], []  # validation, test, training
     for pair, part in zip(pairs, parts):
@@ -144,8 +144,8 @@ def load_data(args: Namespace) -> Dataset:
 
 
 def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
-    """Return batches of pairs of similar length, which need little padding, in random order: arrays
-    of indices. With several processes, each has its share of every batch.
+    """Return batches, as arrays of indices, in random order. The pairs of a batch have similar
+    lengths, and need little padding. With several processes, each has its share of every batch.
     """
     rng = np.random.default_rng(seed)
     # The random fraction shuffles pairs of the same lengths.
@@ -189,7 +189,7 @@ class MultiHeadAttention(nn.Module):
 
     def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
         """Return two tensors (N, heads, S, d_k), with a cache those of all calls so far."""
-        if memory is None:  # nothing new to look at
+        if memory is None:  # they are all in the cache
             return cache[self]
         key = self.split_heads(self.key(memory))
         value = self.split_heads(self.value(memory))
@@ -205,14 +205,15 @@ class MultiHeadAttention(nn.Module):
         """Each position of x (N, T, d_model) looks at the positions of memory (N, S, d_model) where
         the mask, broadcast to (N, heads, T, S), is True -> (N, T, d_model).
 
-        cache: {layer: (keys, values)}, to which those of memory are added; None adds nothing.
+        cache: {module: (keys, values)}, to which those of memory are appended; if memory is None,
+        the cache is used as it is.
         """
         # 1) Project: queries from x, keys and values from memory.
         query = self.split_heads(self.query(x))  # (N, heads, T, d_k)
         key, value = self.keys_and_values(memory, cache)  # (N, heads, S, d_k)
         # 2) Attention, for all heads at once.
         x, weights = attention(query, key, value, mask)  # (N, heads, T, d_k)
-        self.weights = weights.detach()  # for a plot
+        self.attention_weights = weights.detach()  # for draw_attention()
         # 3) Concatenate the heads, and project.
         return self.output(x.transpose(1, 2).flatten(2))  # (N, T, d_model)
 
@@ -293,7 +294,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(layers))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(layers))
-        # With norms before the sublayers alone, what the last layer returns is not normalized yet.
+        # With pre-norm, the output of the last layer is not normalized yet.
         self.encoder_norm = nn.LayerNorm(d_model)
         self.decoder_norm = nn.LayerNorm(d_model)
         for parameter in self.parameters():
@@ -321,7 +322,7 @@ class Transformer(nn.Module):
         With a cache, target_input continues the `start` tokens of earlier calls.
         """
         length = target_input.shape[1]
-        # Position t looks at positions 0 to t, and not at the token that it is to predict.
+        # Position t attends to positions 0 to t, and predicts the token at t + 1.
         ones = torch.ones(length, start + length, device=target_input.device)
         causal_mask = ones.tril(start).bool()  # (T, start + T)
         x = self.embed(target_input, start)
@@ -342,32 +343,32 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     # Each hypothesis has a row: there are N * beam rows, and those of a source are side by side.
     memory, source_mask = model.encode(source.repeat_interleave(beam, dim=0))
     first_row = torch.arange(0, len(memory), beam, device=source.device).unsqueeze(1)
-    vocabulary = len(model.embedding.weight)
+    vocabulary_size = len(model.embedding.weight)
     tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
     scores = torch.zeros(len(source), beam, device=source.device)  # log-probabilities
     scores[:, 1:] = -math.inf  # at first the hypotheses of a source are equal: only one counts
     cache = {}
     for position in range(len(model.positions)):
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
-        steps = F.log_softmax(logits[:, 0].float(), dim=1)  # (N * beam, vocabulary)
+        log_probabilities = F.log_softmax(logits[:, 0].float(), dim=1)  # (N * beam, vocabulary)
         # A hypothesis that has ended continues with <pad>, at no cost; no other one does.
         ended = tokens[:, -1] <= EOS
-        steps[:, PAD] = -math.inf
-        steps[ended] = -math.inf
-        steps[ended, PAD] = 0
-        # Rank all hypotheses together, each continued with every token; keep the best.
-        sums = scores.view(-1, 1) + steps  # (N * beam, vocabulary)
-        scores, best = sums.view(len(source), -1).topk(beam)  # (N, beam)
-        rows = (first_row + best // vocabulary).flatten()
-        newest = (best % vocabulary).view(-1, 1)  # (N * beam, 1)
+        log_probabilities[:, PAD] = -math.inf
+        log_probabilities[ended] = -math.inf
+        log_probabilities[ended, PAD] = 0
+        # Rank all continuations of a source, numbered hypothesis * vocabulary_size + token.
+        totals = scores.view(-1, 1) + log_probabilities  # (N * beam, vocabulary)
+        scores, best = totals.view(len(source), -1).topk(beam)  # (N, beam)
+        rows = (first_row + best // vocabulary_size).flatten()
+        newest = (best % vocabulary_size).view(-1, 1)  # (N * beam, 1)
         tokens = torch.cat([tokens[rows], newest], dim=1)
         # A step never raises a score: once the best hypothesis has ended, it stays the best.
         if (tokens[::beam, -1] <= EOS).all():
             break
         memory = None  # its keys and values are in the cache
         if beam > 1:
-            for layer, (key, value) in cache.items():
-                cache[layer] = key[rows], value[rows]
+            for module, (key, value) in cache.items():
+                cache[module] = key[rows], value[rows]
     return tokens[::beam, 1:], scores[:, 0]
 
 
@@ -392,7 +393,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def score(row: dict) -> tuple:
-    """The best epoch has the highest token accuracy on validation; of equals, the lowest loss."""
+    """Return what epochs are compared by: validation token accuracy, then the lower loss."""
     return row["validation_token_accuracy"], -row["validation_loss"]
 
 
@@ -512,13 +513,11 @@ def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: tor
     for source, target in pairs:
         answers[source].append(target)
     written = write_targets(model, vocabulary, list(answers), device, beam)
-    exact = 0
-    errors = 0
-    length = 0
+    exact = errors = length = 0
     for (tokens, _), targets in zip(written, answers.values()):
-        nearest = min(targets, key=lambda target: edit_distance(tokens, target))
-        exact += tokens == nearest
-        errors += edit_distance(tokens, nearest)
+        distance, nearest = min((edit_distance(tokens, target), target) for target in targets)
+        exact += distance == 0
+        errors += distance
         length += len(nearest)
     return {"loss": torch.cat(losses).mean().item(),
             "token_accuracy": torch.cat(hits).float().mean().item(),
@@ -529,7 +528,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
     """Measure the best model on the test set; draw the plots; write summary.json."""
     model, vocabulary, checkpoint = load_model(folder / "best.pt", device)
-    # The only place where the test set is used.
+    # The test set is used only here.
     test = measure(model, vocabulary, data.test, device, args.beam)
     test["greedy_exact_match"] = measure(model, vocabulary, data.test, device)["exact_match"]
     test["best_epoch"] = checkpoint["metrics"]["epoch"]
@@ -538,7 +537,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
           "rate {error_rate:.2%}, tokens {token_accuracy:.2%}; epoch {best_epoch}".format(**test))
     title = f"Transformer on {data.name}"
     figure, _ = common.plot_history(history, args, title, {
-        "loss": {"training, smoothed": "train_loss", "validation": "validation_loss"},
+        "loss": {"training, with label smoothing": "train_loss", "validation": "validation_loss"},
         "fraction correct": {"training tokens": "train_token_accuracy",
                              "validation tokens": "validation_token_accuracy",
                              "validation sequences": "validation_exact_match"},
@@ -549,18 +548,18 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
 
 def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
                    device: torch.device, title: str) -> None:
-    """Show where each head of the last decoder layer looks while it writes the target of a pair."""
+    """Plot the cross-attention of the last decoder layer under teacher forcing, for 20 tokens."""
     source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
     with torch.no_grad():
         model(source, shift_right(target))
-    weights = model.decoder[-1].cross_attention.weights[0].cpu()  # (heads, T, S)
+    weights = model.decoder[-1].cross_attention.attention_weights[0].cpu()  # (heads, T, S)
     read = [common.plain(vocabulary.tokens[number]) for number in source[0]]
     written = [common.plain(vocabulary.tokens[number]) for number in target[0]]
     columns = min(2, len(weights))
     rows = math.ceil(len(weights) / columns)
     figure, axes = common.new_figure(rows, columns, (8.3, 4 * rows), f"{title}: cross-attention")
     for head, axis in zip(weights, axes.flat):
-        axis.imshow(head, cmap="Blues", vmax=1)
+        axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
         axis.set(xlabel="source", xticks=range(len(read)))
         axis.set_xticklabels(read, rotation=90)
         axis.set(ylabel="target", yticks=range(len(written)), yticklabels=written)
@@ -584,7 +583,7 @@ def predict(args: Namespace, device: torch.device) -> None:
     if longest >= len(model.positions):
         raise common.UserError(f"--predict: a text has {longest} tokens, and the model takes up to "
                                f"{len(model.positions) - 1}; shorten it, or train on longer ones")
-    unknown = set().union(*sources).difference(vocabulary.tokens)
+    unknown = set().union(*sources).difference(vocabulary.ids)
     if unknown:
         common.warn("never seen in training: " + " ".join(sorted(unknown)[:20]))
     written = write_targets(model, vocabulary, sources, device, args.beam)

@@ -1,4 +1,4 @@
-"""Draw the diagrams of gan.md: python figures/draw_gan.py [IMAGES]
+"""Draw the diagrams of gan.md: python figures/draw.py gan [IMAGES]
 
 With a run's folder of images, it also cuts the strip of samples over the epochs from them.
 """

@@ -1,0 +1,260 @@
+"""Draw the diagrams of rnn.md: python figures/draw.py rnn"""
+
+import sys
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+
+import draw
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import rnn  # noqa: E402
+
+STRONG = "#d62728"  # what the caption calls red
+YELLOW = "#fff2cc"
+
+
+def text(axis, x, y, words, size=10, color=draw.INK, align="center"):
+    axis.text(x, y, words, fontsize=size, ha=align, va="center", color=color)
+
+
+def line(axis, *points, width=1.2):
+    axis.plot(*zip(*points), color=draw.INK, linewidth=width, zorder=1)
+
+
+def operation(axis, x, y, sign):
+    """An element-wise operation."""
+    draw.box(axis, x, y, 0.36, 0.36, sign, YELLOW, size=12)
+
+
+def gate(axis, x, function, name, color=draw.BLUE):
+    """A layer of the input and the old state, with its name above."""
+    draw.box(axis, x, 1.15, 0.62, 0.42, function, color)
+    text(axis, x - 0.16, 1.62, name, 12)
+
+
+# ---------------------------------------------------------------- The two cells
+
+
+def lstm():
+    figure, axis = draw.new(8.3, 4.1)
+    draw.box(axis, 4.05, 2.0, 6.7, 3.8, color="#fafafa")
+    # The cell state.
+    line(axis, (0, 3.4), (6.6, 3.4), width=3)
+    draw.arrow(axis, (6.6, 3.4), (8.1, 3.4))
+    text(axis, -0.05, 3.4, "$c_{t-1}$", 13, align="right")
+    text(axis, 8.15, 3.4, "$c_t$", 13, align="left")
+    # What the gates read.
+    line(axis, (0, 0.55), (5.4, 0.55))
+    draw.arrow(axis, (1.0, -0.45), (1.0, 0.55))
+    text(axis, -0.05, 0.55, "$h_{t-1}$", 13, align="right")
+    text(axis, 1.0, -0.62, "$x_t$", 13)
+    gates = ((1.8, "σ", "f", draw.BLUE), (3.0, "σ", "i", draw.BLUE), (4.2, "tanh", "g", draw.GREEN),
+             (5.4, "σ", "o", draw.BLUE))
+    for x, function, name, color in gates:
+        draw.arrow(axis, (x, 0.55), (x, 0.94))
+        gate(axis, x, function, name, color)
+    draw.arrow(axis, (1.8, 1.36), (1.8, 3.22))  # forget
+    line(axis, (3.0, 1.36), (3.0, 2.3))
+    draw.arrow(axis, (3.0, 2.3), (3.42, 2.3))  # input gate times candidate
+    line(axis, (4.2, 1.36), (4.2, 2.3))
+    draw.arrow(axis, (4.2, 2.3), (3.78, 2.3))
+    draw.arrow(axis, (3.6, 2.48), (3.6, 3.22))
+    draw.arrow(axis, (6.4, 3.4), (6.4, 2.71))
+    draw.box(axis, 6.4, 2.5, 0.62, 0.42, "tanh", draw.GREEN)
+    draw.arrow(axis, (6.4, 2.29), (6.4, 1.83))
+    line(axis, (5.4, 1.36), (5.4, 1.65))
+    draw.arrow(axis, (5.4, 1.65), (6.22, 1.65))  # output gate
+    line(axis, (6.4, 1.47), (6.4, 0.55))
+    draw.arrow(axis, (6.4, 0.55), (8.1, 0.55))
+    text(axis, 8.15, 0.55, "$h_t$", 13, align="left")
+    for x, y, sign in ((1.8, 3.4, "×"), (3.6, 3.4, "+"), (3.6, 2.3, "×"), (6.4, 1.65, "×")):
+        operation(axis, x, y, sign)
+    for x, y, words in ((1.35, 2.6, "keep"), (3.2, 2.8, "write"), (5.85, 1.85, "show")):
+        text(axis, x, y, words, 11, STRONG)
+    text(axis, 5.15, 3.66, "cell state: only scaled and added to", 10, STRONG)
+    legend(axis, -0.62)
+    axis.set(xlim=(-0.65, 8.65), ylim=(-0.85, 4.0))
+    draw.save(figure, "rnn_lstm")
+
+
+def legend(axis, y):
+    draw.box(axis, 2.2, y, 0.4, 0.3, color=draw.BLUE)
+    text(axis, 2.5, y, "gate, 0 to 1", 9, align="left")
+    draw.box(axis, 3.9, y, 0.4, 0.3, color=draw.GREEN)
+    text(axis, 4.2, y, "content, -1 to 1", 9, align="left")
+    draw.box(axis, 5.9, y, 0.4, 0.3, color=YELLOW)
+    text(axis, 6.2, y, "element by element", 9, align="left")
+
+
+def gru():
+    figure, axis = draw.new(8.3, 3.9)
+    draw.box(axis, 4.05, 1.95, 6.7, 3.7, color="#fafafa")
+    line(axis, (0, 3.3), (6.2, 3.3), width=3)
+    draw.arrow(axis, (6.2, 3.3), (8.1, 3.3))
+    text(axis, -0.05, 3.3, "$h_{t-1}$", 13, align="right")
+    text(axis, 8.15, 3.3, "$h_t$", 13, align="left")
+    # What the gates and the candidate read: the input, and the old state.
+    line(axis, (1.0, 3.3), (1.0, 0.55))
+    line(axis, (1.0, 0.55), (5.5, 0.55))
+    draw.arrow(axis, (1.5, -0.45), (1.5, 0.55))
+    text(axis, 1.5, -0.62, "$x_t$", 13)
+    for x, name in ((2.0, "r"), (5.5, "z")):
+        draw.arrow(axis, (x, 0.55), (x, 0.94))
+        gate(axis, x, "σ", name)
+    draw.arrow(axis, (3.7, 0.55), (3.7, 0.94))
+    text(axis, 3.78, 0.74, "$x_t$ only", 9, align="left")
+    draw.box(axis, 3.7, 1.15, 0.62, 0.42, "tanh", draw.GREEN)
+    text(axis, 3.54, 1.62, "n", 12)
+    # The reset gate times the old state's part of the candidate.
+    draw.arrow(axis, (2.0, 1.36), (2.0, 2.02))
+    draw.arrow(axis, (1.0, 2.2), (1.82, 2.2), "$W_{hn}h_{t-1}$")
+    line(axis, (2.18, 2.2), (2.9, 2.2))
+    line(axis, (2.9, 2.2), (2.9, 1.15))
+    draw.arrow(axis, (2.9, 1.15), (3.39, 1.15))
+    # Keep z of the old state, and take 1 - z of the candidate.
+    line(axis, (3.7, 1.36), (3.7, 2.2))
+    draw.arrow(axis, (3.7, 2.2), (4.42, 2.2))
+    line(axis, (5.5, 1.36), (5.5, 2.2))
+    draw.arrow(axis, (5.5, 2.2), (4.78, 2.2))
+    text(axis, 5.15, 2.0, "1 - z", 10)
+    line(axis, (5.5, 2.2), (5.5, 2.75), (3.3, 2.75))
+    draw.arrow(axis, (3.3, 2.75), (3.3, 3.12))
+    draw.arrow(axis, (4.6, 2.38), (4.6, 3.12))
+    for x, y, sign in ((2.0, 2.2, "×"), (4.6, 2.2, "×"), (3.3, 3.3, "×"), (4.6, 3.3, "+")):
+        operation(axis, x, y, sign)
+    for x, y, words in ((3.0, 2.95, "keep"), (4.9, 2.93, "write"), (2.42, 1.85, "reset")):
+        text(axis, x, y, words, 11, STRONG)
+    legend(axis, -0.62)
+    axis.set(xlim=(-0.65, 8.65), ylim=(-0.85, 3.9))
+    draw.save(figure, "rnn_gru")
+
+
+# ---------------------------------------------------------------- Networks
+
+
+def stacked():
+    figure, axis = draw.new(8.3, 4.6)
+    rows = ((0.9, "embedding", draw.GRAY), (1.9, "layer 1", draw.BLUE), (2.9, "layer 2", draw.BLUE))
+    for y, name, color in rows:
+        text(axis, -0.2, y, name, 11, align="right")
+        for step, x in enumerate((0.8, 2.8, 4.8), 1):
+            draw.box(axis, x, y, 1.1, 0.5, "" if color == draw.GRAY else "LSTM", color)
+            if color == draw.BLUE:
+                draw.arrow(axis, (x, y - 0.75), (x, y - 0.25), color=STRONG)
+                if x < 4.8:
+                    draw.arrow(axis, (x + 0.55, y), (x + 1.45, y))
+                    text(axis, x + 1.0, y + 0.2, f"$h^{{({name[-1]})}}_{step}$", 11)
+    for letter, x in zip("aXb", (0.8, 2.8, 4.8)):
+        text(axis, x, 0.1, letter, 12)
+        draw.arrow(axis, (x, 0.25), (x, 0.65))
+    draw.arrow(axis, (5.35, 2.9), (5.9, 2.9))
+    text(axis, 5.6, 3.12, "$h^{(2)}_3$", 11)
+    draw.box(axis, 6.5, 2.9, 1.2, 0.5, "batch norm", draw.ORANGE)
+    draw.arrow(axis, (6.5, 3.15), (6.5, 3.65), color=STRONG)
+    draw.box(axis, 6.5, 3.9, 1.2, 0.5, "linear", draw.GREEN)
+    draw.arrow(axis, (7.1, 3.9), (7.5, 3.9))
+    text(axis, 7.55, 3.9, "logits", 11, align="left")
+    draw.arrow(axis, (0.4, 3.75), (0.4, 4.15), color=STRONG)
+    text(axis, 0.55, 3.95, "dropout: up, never to the right", 11, STRONG, "left")
+    axis.set(xlim=(-1.4, 8.2), ylim=(-0.1, 4.3))
+    draw.save(figure, "rnn_stacked")
+
+
+def padding():
+    figure, axis = draw.new(8.3, 2.9)
+    text(axis, 1.75, 1.85, "tokens", 11)
+    text(axis, 5.75, 1.85, "states of the last layer", 11)
+    for row, word in enumerate(("bXadY", "aXb", "Yc")):
+        y = 1.4 - 0.6 * row
+        text(axis, -0.15, y, f"length {len(word)}", 10, align="right")
+        for step in range(5):
+            valid, last = step < len(word), step == len(word) - 1
+            draw.box(axis, 0.35 + 0.7 * step, y, 0.6, 0.45, word[step] if valid else "PAD",
+                     draw.BLUE if valid else draw.GRAY, 12 if valid else 9)
+            color = draw.ORANGE if last else draw.BLUE if valid else draw.GRAY
+            draw.box(axis, 4.35 + 0.7 * step, y, 0.6, 0.45, f"$h_{step + 1}$", color, 12)
+    for side in (0, 4):
+        for step in range(5):
+            text(axis, side + 0.35 + 0.7 * step, -0.25, str(step), 9)
+    text(axis, -0.15, -0.25, "index", 9, align="right")
+    text(axis, 5.75, -0.6, "states[length - 1]", 10, STRONG)
+    axis.set(xlim=(-1.0, 8.0), ylim=(-0.8, 2.05))
+    draw.save(figure, "rnn_padding")
+
+
+def decode(axis, y, name, fed, predicted):
+    """Encoder and decoder over their steps; in `fed` and `predicted` a "!" marks an error."""
+    text(axis, 3.6, y + 1.35, name, 11)
+    for step, token in enumerate("312"):
+        x = 0.3 + 0.9 * step
+        draw.box(axis, x, y, 0.6, 0.5, color=draw.BLUE)
+        text(axis, x, y - 0.75, token, 12)
+        draw.arrow(axis, (x, y - 0.6), (x, y - 0.25))
+        if step < 2:
+            draw.arrow(axis, (x + 0.3, y), (x + 0.6, y))
+    text(axis, 1.2, y + 0.45, "encoder", 10)
+    draw.arrow(axis, (2.4, y), (3.3, y), "state")
+    for step, (token, answer) in enumerate(zip(fed, predicted)):
+        x = 3.65 + 1.2 * step
+        draw.box(axis, x, y, 0.7, 0.5, color=draw.GREEN)
+        text(axis, x, y - 0.75, token.strip("!"), 12, STRONG if "!" in token else draw.INK)
+        draw.arrow(axis, (x, y - 0.6), (x, y - 0.25))
+        draw.arrow(axis, (x, y + 0.25), (x, y + 0.6))
+        text(axis, x, y + 0.8, answer.strip("!"), 12, STRONG if "!" in answer else draw.INK)
+        if step < 3:
+            draw.arrow(axis, (x + 0.35, y), (x + 0.85, y))
+    text(axis, 7.75, y + 0.8, "predicted", 9, align="left")
+    text(axis, 7.75, y - 0.75, "read", 9, align="left")
+
+
+def seq2seq():
+    figure, axis = draw.new(8.3, 5.2)
+    decode(axis, 3.0, "teacher forcing: reads END and the true answer 1 2 3",
+           ("END", "1", "2", "3"), ("1", "3!", "3", "END"))
+    decode(axis, 0.0, "free running: reads END and its own predictions",
+           ("END", "1", "3!", "3"), ("1", "3!", "3", "END"))
+    for step in range(3):  # a prediction is the next input
+        x = 3.65 + 1.2 * step
+        draw.arrow(axis, (x + 0.12, 0.72), (x + 1.05, -0.68), color="#999999", dashed=True)
+    axis.set(xlim=(-0.3, 8.6), ylim=(-1.0, 4.65))
+    draw.save(figure, "rnn_seq2seq")
+
+
+# ---------------------------------------------------------------- Gates held open
+
+
+def held_open():
+    """The gradients of untrained networks, with the bias that holds a gate open and without it."""
+    torch.manual_seed(0)
+    inputs = torch.randint(3, 9, (30, 100))
+    targets = torch.randint(0, 8, (30, 1))
+    figure = Figure((8.3, 3.6), constrained_layout=True)
+    axis = figure.subplots()
+    for cell, chrono, style, name in (
+            ("lstm", 100, "C0-", "LSTM, gates held open (default)"),
+            ("gru", 100, "C1-", "GRU, gates held open (default)"),
+            ("lstm", 1, "C0--", "LSTM, --chrono-max 1"), ("gru", 1, "C1--", "GRU, --chrono-max 1"),
+            ("rnn", 1, "C2:", "plain RNN")):
+        torch.manual_seed(0)
+        model = rnn.RNNClassifier(9, 8, cell=cell, backend="scratch", chrono_max=chrono)
+        norms = rnn.gradient_norms(model.double().eval(), inputs, targets)
+        axis.plot(range(1, 100), norms, style, label=name)
+    axis.set(xlabel="steps before the end", ylabel="gradient norm / that at the end", yscale="log")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=9)
+    draw.save(figure, "rnn_open")
+
+
+def main():
+    lstm()
+    gru()
+    stacked()
+    padding()
+    seq2seq()
+    held_open()
+
+
+if __name__ == "__main__":
+    main()
