@@ -41,8 +41,8 @@ def lstm():
     figure, axis = draw.new(8.3, 4.1)
     draw.box(axis, 4.05, 2.0, 6.7, 3.8, color="#fafafa")
     # The cell state.
-    line(axis, (0, 3.4), (6.6, 3.4), width=3)
-    draw.arrow(axis, (6.6, 3.4), (8.1, 3.4))
+    line(axis, (0, 3.4), (7.9, 3.4), width=3)
+    draw.arrow(axis, (7.6, 3.4), (8.1, 3.4))
     text(axis, -0.05, 3.4, "$c_{t-1}$", 13, align="right")
     text(axis, 8.15, 3.4, "$c_t$", 13, align="left")
     # What the gates read.
@@ -91,8 +91,8 @@ def legend(axis, y):
 def gru():
     figure, axis = draw.new(8.3, 3.9)
     draw.box(axis, 4.05, 1.95, 6.7, 3.7, color="#fafafa")
-    line(axis, (0, 3.3), (6.2, 3.3), width=3)
-    draw.arrow(axis, (6.2, 3.3), (8.1, 3.3))
+    line(axis, (0, 3.3), (7.9, 3.3), width=3)
+    draw.arrow(axis, (7.6, 3.3), (8.1, 3.3))
     text(axis, -0.05, 3.3, "$h_{t-1}$", 13, align="right")
     text(axis, 8.15, 3.3, "$h_t$", 13, align="left")
     # What the gates and the candidate read: the input, and the old state.
@@ -104,12 +104,13 @@ def gru():
         draw.arrow(axis, (x, 0.55), (x, 0.94))
         gate(axis, x, "σ", name)
     draw.arrow(axis, (3.7, 0.55), (3.7, 0.94))
-    text(axis, 3.78, 0.74, "$x_t$ only", 9, align="left")
+    text(axis, 3.78, 0.74, "$W_{in}x_t$ only", 10, align="left")
     draw.box(axis, 3.7, 1.15, 0.62, 0.42, "tanh", draw.GREEN)
     text(axis, 3.54, 1.62, "n", 12)
     # The reset gate times the old state's part of the candidate.
     draw.arrow(axis, (2.0, 1.36), (2.0, 2.02))
-    draw.arrow(axis, (1.0, 2.2), (1.82, 2.2), "$W_{hn}h_{t-1}$")
+    draw.arrow(axis, (1.0, 2.2), (1.82, 2.2))
+    text(axis, 1.1, 2.5, "$W_{hn}h_{t-1}$", 11, align="left")
     line(axis, (2.18, 2.2), (2.9, 2.2))
     line(axis, (2.9, 2.2), (2.9, 1.15))
     draw.arrow(axis, (2.9, 1.15), (3.39, 1.15))
@@ -179,7 +180,7 @@ def padding():
         for step in range(5):
             text(axis, side + 0.35 + 0.7 * step, -0.25, str(step), 9)
     text(axis, -0.15, -0.25, "index", 9, align="right")
-    text(axis, 5.75, -0.6, "states[length - 1]", 10, STRONG)
+    text(axis, 5.75, -0.6, "orange: states[length - 1]", 10, STRONG)
     axis.set(xlim=(-1.0, 8.0), ylim=(-0.8, 2.05))
     draw.save(figure, "rnn_padding")
 
@@ -203,7 +204,7 @@ def decode(axis, y, name, fed, predicted):
         draw.arrow(axis, (x, y - 0.6), (x, y - 0.25))
         draw.arrow(axis, (x, y + 0.25), (x, y + 0.6))
         text(axis, x, y + 0.8, answer.strip("!"), 12, STRONG if "!" in answer else draw.INK)
-        if step < 3:
+        if step < len(fed) - 1:
             draw.arrow(axis, (x + 0.35, y), (x + 0.85, y))
     text(axis, 7.75, y + 0.8, "predicted", 9, align="left")
     text(axis, 7.75, y - 0.75, "read", 9, align="left")
@@ -214,8 +215,8 @@ def seq2seq():
     decode(axis, 3.0, "teacher forcing: reads END and the true answer 1 2 3",
            ("END", "1", "2", "3"), ("1", "3!", "3", "END"))
     decode(axis, 0.0, "free running: reads END and its own predictions",
-           ("END", "1", "3!", "3"), ("1", "3!", "3", "END"))
-    for step in range(3):  # a prediction is the next input
+           ("END", "1", "3!"), ("1", "3!", "END!"))
+    for step in range(2):  # a prediction is the next input
         x = 3.65 + 1.2 * step
         draw.arrow(axis, (x + 0.12, 0.72), (x + 1.05, -0.68), color="#999999", dashed=True)
     axis.set(xlim=(-0.3, 8.6), ylim=(-1.0, 4.65))

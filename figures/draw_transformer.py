@@ -12,6 +12,8 @@ import draw
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import transformer  # noqa: E402
 
+MEMORY = "#b45f06"  # what the decoder reads of the encoder
+
 
 def text(axis, x, y, words, size=10, **options):
     axis.text(x, y, words, **{"ha": "center", "va": "center", "fontsize": size,
@@ -21,6 +23,11 @@ def text(axis, x, y, words, size=10, **options):
 def line(axis, *points, **options):
     """A line through points, drawn below the boxes."""
     axis.plot(*zip(*points), **{"color": draw.INK, "linewidth": 1.2, "zorder": 0, **options})
+
+
+def span(axis, left, right, bottom, top):
+    """Make the picture at least this large: only boxes and lines do so by themselves."""
+    axis.update_datalim([(left, bottom), (right, top)])
 
 
 # ---------------------------------------------------------------- The model
@@ -66,16 +73,15 @@ def block():
     draw.arrow(axis, (x, top + 0.77), (x, top + 1.12))
     draw.arrow(axis, (x, top + 1.77), (x, top + 2.1))
     text(axis, x, top + 2.4, "logits of the next tokens\nb a c <eos>")
-    # Memory goes from the encoder's end to the cross-attention.
-    end, start = heights[1], 4.77
-    line(axis, (0, start), (0, start + 0.5), (4.4, start + 0.5), (4.4, end - 0.1), linewidth=1.6)
-    line(axis, (4.4, end - 0.1), (5.2, end - 0.1), linewidth=1.6)
-    line(axis, (5.2, end - 0.1), (6.0, end - 0.1), linewidth=1.6)
-    draw.arrow(axis, (6.5, end - 0.1), (6.95, end - 0.1))
-    line(axis, (6.0, end - 0.1), (6.6, end - 0.1), linewidth=1.6)
-    text(axis, 2.2, start + 0.8, "memory: keys and values", 9)
-    text(axis, 0.9, 6.6, "ENCODER", 11, weight="bold")
-    text(axis, 7.9, -2.05, "DECODER", 11, weight="bold", ha="left")
+    # The encoder's output goes to the cross-attention, in front of the decoder's straight path.
+    memory, y = {"color": MEMORY, "linewidth": 2.2}, heights[1] - 0.1
+    line(axis, (0, 4.77), (0, 5.3), (4.4, 5.3), (4.4, y), (6.1, y), **memory)
+    line(axis, (6.5, y), (6.8, y), **memory)
+    draw.arrow(axis, (6.5, y), (6.95, y), color=MEMORY)
+    text(axis, 2.2, 5.55, "encoder output: keys and values", 9, color=MEMORY)
+    text(axis, 0, -2.75, "ENCODER", 11, weight="bold")
+    text(axis, 6.3, -2.75, "DECODER", 11, weight="bold")
+    span(axis, -1.4, 9.2, -2.9, top + 2.7)
     draw.save(figure, "transformer_block")
 
 
@@ -124,7 +130,7 @@ def heads():
         draw.arrow(axis, (5.3, y - 0.9), (6.1, y - 0.9))
         draw.box(axis, 7.1, y - 0.9, 1.9, 0.9, "attention", color)
         draw.arrow(axis, (8.1, y - 0.9), (9.5, 0.6))
-    text(axis, 4.6, 3.0, "heads: (N, 2, 3, 2)")
+    text(axis, 4.6, 3.0, "two heads: (N, 2, 3, 2)")
     draw.grid(axis, 9.6, 1.5, [["", "", "", ""]] * 3, 0.6, two)
     text(axis, 10.8, 1.8, "joined: (N, 3, 4)")
     draw.arrow(axis, (12.1, 0.6), (12.6, 0.6))
@@ -150,6 +156,7 @@ def mask():
     text(axis, 1.4, 3.4, "keys: the positions to look at", 9)
     text(axis, -1.15, 1.4, "queries", 9, rotation=90)
     text(axis, 4.3, 3.0, "predicts", 9)
+    span(axis, -1.3, 4.9, 0, 3.5)
     draw.save(figure, "transformer_mask")
 
 
@@ -192,6 +199,7 @@ def cache():
     for place in range(4):
         text(axis, 0.8 + 1.5 * place, 3.0, f"{place}: {read[place]}", 9)
     text(axis, -0.3, 3.0, "position", 9, ha="right")
+    span(axis, -2.6, 8.5, -0.4, 3.2)
     draw.save(figure, "transformer_cache")
 
 
@@ -199,7 +207,7 @@ def beam():
     """The example of two tokens in which greedy decoding misses the more probable target."""
     figure, axis = draw.new(8.3, 3.6)
     draw.box(axis, 0, 0, 1.3, 0.7, "<bos>", draw.GRAY)
-    for y, name, first, best, other, color in ((1.1, "A", 0.6, 0.5, 0.5, draw.RED),
+    for y, name, first, best, other, color in ((1.1, "A", 0.6, 0.5, 0.3, draw.RED),
                                                (-1.1, "B", 0.4, 0.9, 0.1, draw.GREEN)):
         draw.arrow(axis, (0.65, 0), (2.6, y))
         text(axis, 1.4, 0.75 * y, f"{first}", 11)
@@ -211,9 +219,10 @@ def beam():
             draw.box(axis, 6.1, y + up, 1.0, 0.7, token, color if kept else "white")
             result = f"{first} · {chance} = {first * chance:.2f}"
             if kept:
-                result += ("   greedy decoding ends here" if name == "A" else
-                           "   the best: found by a beam of 2")
+                result += ("   greedy decoding" if name == "A" else
+                           "   beam of two")
             text(axis, 6.8, y + up, result, 10, ha="left")
+    span(axis, -0.7, 11.2, -2, 2)
     draw.save(figure, "transformer_beam")
 
 

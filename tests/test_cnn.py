@@ -265,7 +265,7 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
     done = run("cnn.py", *TINY, "--data", "auto", "--epochs", 1, env=offline)
     warning = done.stderr.splitlines()[-1]  # old versions of torchvision print progress
     assert re.fullmatch(f"warning: {problem}; training on synthetic shapes instead", warning)
-    assert done.stdout.startswith("synthetic, on cpu: ")
+    assert "\nsynthetic, on cpu: " in "\n" + done.stdout
     done = run("cnn.py", "--data", "cifar10", status=2, env=offline)
     assert re.fullmatch(f"cnn.py: error: {problem}", done.stderr.splitlines()[-1])
 
