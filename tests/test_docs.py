@@ -61,6 +61,20 @@ def test_links_and_figures_exist(name):
             assert anchor in anchors, target
 
 
+def stripped(text):
+    return "\n".join(line.strip() for line in text.splitlines() if line.strip())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_excerpts_are_lines_of_the_code(script):
+    code = stripped((ROOT / f"{script}.py").read_text(encoding="utf-8"))
+    excerpts = re.findall(r"```python\n(.*?)```", text_of(f"{script}.md"), re.S)
+    assert len(excerpts) > 3
+    shared = stripped((ROOT / "common.py").read_text(encoding="utf-8"))
+    for excerpt in map(stripped, excerpts):
+        assert excerpt in code or excerpt in shared, excerpt
+
+
 def test_every_figure_is_used():
     text = "".join(text_of(name) for name in DOCUMENTS)
     figures = [path.name for path in (ROOT / "figures").glob("*") if path.suffix != ".py"]

@@ -187,7 +187,8 @@ def test_batches_of_sorting_hold_one_length_and_all_strings_but_the_ends():
     ([("a", "x"), ("b", "y"), ("c", "y"), ("d", "y")], "too few in: x"),
     ([("a", "x"), ("b", "x"), ("c", "x")], "too few in: x"),
     (3 * [("a", "x")] + [("b", "y"), ("c", "y"), ("d", "y")], "too few in: x"),
-    ([], "at least two classes are needed"), ([("My order, please", "x"), ("My", "order", "x")], "line 3")])
+    ([], "at least two classes are needed"),
+    ([("My order, please", "x"), ("My", "order", "x")], "line 3")])
 def test_bad_tables_are_one_line_and_leave_no_run(run, tmp_path, rows, message):
     write_table(tmp_path / "a.csv", rows)
     done = run("rnn.py", "--data", "a.csv", status=2)
