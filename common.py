@@ -521,7 +521,9 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
         for style, (label, column) in zip(("-", "--", ":"), curves.items()):
             values = [row[column] for row in history]
             axes[ylabel].plot(epoch, values, style, marker=".", label=label)
-    axes["gradient norm"].axhline(args.clip, color="black", linewidth=1, label="limit (--clip)")
+    clipped = [row[name] for row in history for name in row if name.endswith("clipped")]
+    limit = f"limit (--clip), which {np.mean(clipped):.0%} of the steps exceed"
+    axes["gradient norm"].axhline(args.clip, color="black", linewidth=1, label=limit)
     # The schedule itself, at many moments, so that the warm-up is seen.
     progress = np.linspace(0, epoch[-1] / args.epochs, 1000)
     rates = [args.lr * warmup_cosine(moment, args.warmup) for moment in progress]
