@@ -599,7 +599,7 @@ def predict(args: Namespace, device: torch.device) -> None:
 
 def build_parser() -> common.ArgumentParser:
     parser = common.option_parser(
-        "transformer.py", __doc__, out="runs/transformer", epochs=7, batch_size=64, lr=2e-3,
+        "transformer.py", __doc__, out="runs/transformer", epochs=6, batch_size=64, lr=2e-3,
         warmup=0.1, weight_decay=0.01, clip=1.0, patience=10)
     count = common.number(int, 1)
     probability = common.number(float, 0, 0.99)
@@ -616,7 +616,7 @@ def build_parser() -> common.ArgumentParser:
     add("--d-ff", type=count, default=256, help="hidden width of the feed-forward networks")
     add("--dropout", type=probability, default=0.0, help="dropout probability")
     add("--label-smoothing", type=probability, default=0.1, help="fraction spread over all tokens")
-    add("--beam", type=count, default=1, help="hypotheses that beam search keeps; 1 is greedy")
+    add("--beam", type=count, default=4, help="hypotheses that beam search keeps; 1 is greedy")
     add("--predict", nargs="+", metavar="TEXT", help="write targets with best.pt; - reads stdin")
     return parser
 
