@@ -451,10 +451,8 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
     colors = axis.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(colors, label="fraction of the true class")
     names = [common.plain(name) for name in classes]
-    axis.set(xlabel="predicted", ylabel="true")
-    axis.set_yticks(range(count))
+    axis.set(xlabel="predicted", ylabel="true", xticks=range(count), yticks=range(count))
     axis.set_yticklabels(names)
-    axis.set_xticks(range(count))
     axis.set_xticklabels(names, rotation=45, ha="right")
     # With more classes there is no room for numbers.
     if count <= 20:
