@@ -531,7 +531,7 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
     for ylabel, axis in axes.items():
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+        axis.legend(fontsize=8)
         if ylabel.startswith("fraction"):
             axis.set_ylim(top=min(1, axis.get_ylim()[1]))
     return figure, axes

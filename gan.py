@@ -444,7 +444,7 @@ def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> 
     axis = axes["Fréchet distance"]
     axis.set_yscale("log")
     axis.axhline(floor, color="black", linewidth=1, label="training to validation images")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(fontsize=8)
     common.save_figure(folder / "curves.png", figure)
 
 
