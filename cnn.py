@@ -35,7 +35,7 @@ class ImageSet(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    name: str  # of the data set, for logs and plots
+    name: str  # cifar10, synthetic or the folder
     classes: list
     train: ImageSet
     validation: ImageSet
@@ -43,7 +43,7 @@ class Dataset(NamedTuple):
 
 
 # Each shape is a star: the number of its tips, and the distance of its notches from the center,
-# where the tips are at distance 1. A polygon is a star with shallow notches.
+# where the tips are at distance 1. With notches at cos(pi / tips) it is a regular polygon.
 SHAPES = {
     "triangle": (3, 0.5),
     "square": (4, 0.71),
@@ -78,10 +78,10 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
         color = tuple(rng.integers(100, 256, 3))
         ImageDraw.Draw(canvas).polygon(list(large * corners.T.ravel()), fill=color)
         noise = rng.normal(0, rng.uniform(5, 40), image.shape)
-        # `image` is a view: this writes into `images`.
         reduced = np.asarray(canvas.resize((size, size), Image.BOX))
+        # This writes into `images`, of which `image` is a view.
         image[:] = np.clip(reduced + noise, 0, 255)
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels))
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 
 # Folder names, in lower case, of a data set that is already split.
@@ -90,12 +90,13 @@ LOOKS_LIKE_A_SET = r"(train|test|val|valid|validation)(ing)?[-_ ]*(set|data|imag
 
 
 def subfolders(folder: Path) -> dict:
-    """{name: path} of the folders in a folder, sorted, without hidden and system folders."""
-    folders = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and common.is_visible(path.name):
-            folders[common.normalize(path.name)] = path
-    return folders
+    """{name: path} of the folders in a folder, without hidden and system folders.
+
+    They are sorted by their normalized names, so that a class has the same number in each set.
+    """
+    paths = {common.normalize(path.name): path for path in folder.iterdir()
+             if path.is_dir() and common.is_visible(path.name)}
+    return dict(sorted(paths.items()))
 
 
 def find_sets(root: Path) -> dict:
@@ -103,8 +104,11 @@ def find_sets(root: Path) -> dict:
     folders = subfolders(root)
     sets = {}
     for name, path in folders.items():
-        if name.lower() in SET_NAMES:
-            sets[SET_NAMES[name.lower()]] = path
+        key = SET_NAMES.get(name.lower())
+        if key in sets:
+            raise common.UserError(f"--data {root}: {name} is a second folder for the {key} set")
+        if key:
+            sets[key] = path
         elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
             raise common.UserError(f"--data {root}: rename {name} to train, val or test")
     # A lone folder called train beside other folders is a class: vehicles/bus, vehicles/train.
@@ -122,7 +126,7 @@ def load_image_folder(args: Namespace) -> tuple:
     root = Path(args.data)
     if not root.is_dir():
         raise common.UserError(f"--data {root}: neither a folder nor auto, cifar10 or synthetic")
-    common.keep_apart(args.data, args.out)
+    common.check_apart(args.data, args.out)
     folders = find_sets(root)
     classes = list(subfolders(folders["train"]))
     if len(classes) < 2:
@@ -138,63 +142,66 @@ def load_image_folder(args: Namespace) -> tuple:
         for label, path in enumerate(subfolders(folder).values()):
             files += [(file, label) for file in common.image_files(str(path))]
         order = np.random.default_rng(args.seed).permutation(len(files))
-        if name == "train":
+        if name == "train":  # before reading, which takes long
             order = order[:args.limit]
         files = [files[i] for i in order]
-        images, kept = common.read_images([path for path, _ in files], args.size, 3)
+        images, kept = common.read_images([path for path, _ in files], args.size)
         sets[name] = images, torch.tensor([files[i][1] for i in kept])
     return sets, classes
 
 
 def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names; `auto` falls back to synthetic shapes and says why."""
-    name = "cifar10" if args.data == "auto" else args.data
-    classes = list(SHAPES)
-    if name == "cifar10":
+    name = args.data
+    if name in ("auto", "cifar10"):
         if args.size != 32:
             raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
         try:
             sets, classes = common.load_torchvision("CIFAR10", args.data_dir)
+            name = "cifar10"
         except common.UserError as error:
-            if args.data != "auto":
+            if name != "auto":
                 raise
             common.warn(f"{error}; training on synthetic shapes instead")
             name = "synthetic"
-    if name == "synthetic":
+    elif name != "synthetic":
+        sets, classes = load_image_folder(args)
+    if name == "synthetic":  # asked for, or the fallback
+        classes = list(SHAPES)
         count = args.synthetic_size
         sets = {"train": synthetic_shapes(count, args.size, args.seed),
                 "test": synthetic_shapes(count // 5, args.size, args.seed + 10**9)}
-    elif name != "cifar10":
-        sets, classes = load_image_folder(args)
     sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
-    common.complete_sets(sets, args.seed)
+    common.make_disjoint_sets(sets, args.seed)
     train, validation, test = (ImageSet(*sets[key]) for key in ("train", "val", "test"))
     return Dataset(name, classes, train, validation, test)
 
 
 def describe_classes(data: Dataset) -> None:
-    """Print the number of training images of each class; warn of classes that show nothing."""
+    """Print the number of training images of each class; warn if those of a class are all the same.
+
+    Raises UserError if there are none.
+    """
     counts = []
     for label, name in enumerate(data.classes):
         images = data.train.images[data.train.labels == label]
         counts.append(f"{name} {len(images):,}")
         if len(images) == 0:
-            raise common.UserError(f"--data {data.name}: no training image of the class {name}")
-        all_the_same = (images == images[0]).all()
-        single_colors = (images == images[:, :1, :1]).all()
-        if all_the_same or single_colors:
+            raise common.UserError(f"--data {data.name}: no training image of the class {name} is "
+                                   "left; add different ones, or raise --limit")
+        if (images == images[0]).all() or (images == images[:, :1, :1]).all():
             common.warn(f"all training images of {name} are the same, or of a single color")
     print(", ".join(counts))
 
 
 def reflect(positions: Tensor, length: int) -> Tensor:
-    """Reflect positions beyond an edge back inside, by less than a length: -2, -1, 0 -> 2, 1, 0."""
+    """Reflect positions beyond either edge back inside: for length 8, -2 -> 2 and 8 -> 6."""
     last = length - 1
     return last - (last - positions.abs()).abs()
 
 
 def random_crop_flip(images: Tensor, indices: Tensor, max_shift: int, flip: bool) -> Tensor:
-    """Pick images, shift each by up to `max_shift` pixels, and flip half of them left to right.
+    """Pick images, shift each by up to `max_shift` pixels, and flip it with probability 1/2.
 
     Pixels shifted in are reflected (reflection padding). One indexing operation does all of it:
     `rows` and `columns` are the positions that the output pixels come from.
@@ -277,8 +284,7 @@ class CNN(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2).to(self.mean.dtype)  # (N, 3, size, size)
-        x = (x - self.mean) / self.std
+        x = (images.permute(0, 3, 1, 2) - self.mean) / self.std  # (N, 3, size, size)
         x = self.features(x)  # (N, widths[2], size / 8, size / 8)
         return self.classifier(x)  # (N, classes)
 
@@ -307,8 +313,8 @@ def score(row: dict) -> tuple:
 def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
     torch.manual_seed(args.seed)
-    sample = data.train.images[::10]  # every tenth image is enough for mean and std
-    pixels = sample.reshape(-1, 3).float() / 255  # (N, 3)
+    # Every tenth image is enough for mean and std.
+    pixels = data.train.images[::10].reshape(-1, 3).float() / 255  # (N, 3)
     options = {
         "classes": len(data.classes), "size": args.size, "widths": args.widths,
         "convs": args.convs, "hidden": args.hidden, "dropout": args.dropout,
@@ -318,20 +324,19 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     # The training set is kept on the device, so a batch is one indexing operation.
     images = data.train.images.to(device)
     labels = data.train.labels.to(device)
-    # The scheduler needs the number of steps in an epoch.
-    steps = len(common.shuffled_batches(len(labels), args.batch_size, args.seed))
+    steps = len(common.shuffled_batches(len(labels), args.batch_size))  # in an epoch
     optimizer = torch.optim.SGD(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                 momentum=0.9, nesterov=True)
     scheduler = common.make_scheduler(optimizer, args, steps)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = common.resume(folder, args, state) if args.resume else []
-    ddp_model = common.data_parallel(model, args, device)
+    history = common.load_last(folder, args, state) if args.resume else []
+    ddp_model = common.wrap_model(model, args, device)
     autocast = common.autocast(args.precision, device)
 
-    for epoch in common.epochs(args, history, score):
+    for epoch in common.epochs_to_train(args, history, score):
         start = time.perf_counter()
         model.train()
-        means = common.RunningMeans()
+        metrics = []
         batches = common.shuffled_batches(len(labels), args.batch_size, args.seed, epoch)
         for indices in common.progress_bar(batches.to(device), f"epoch {epoch}/{args.epochs}"):
             # The batch, augmented on the device.
@@ -348,12 +353,11 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             optimizer.step()
             scheduler.step()
             accuracy = (logits.argmax(1) == targets).float().mean()
-            means.update(train_loss=loss, train_accuracy=accuracy, gradient_norm=norm,
-                         clipped=norm > args.clip)
+            metrics.append({"train_loss": loss.detach(), "train_accuracy": accuracy,
+                            "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Early stopping and the choice of the best epoch use only the validation set.
-        validation = common.on_first(measure, model, data.validation, flip, device)
-        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **means.compute(),
+        validation = common.on_first_process(measure, model, data.validation, flip, device)
+        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **common.means(metrics),
                "validation_loss": validation["loss"],
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
@@ -361,7 +365,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}, {train_accuracy:.1%}  "
               "validation {validation_loss:.3f}, {validation_accuracy:.1%}  {seconds:.1f} s".format(
                   epochs=args.epochs, **row), flush=True)
-        best = None
+        best = None  # the best epoch is chosen by the validation set only
         if common.epochs_since_best(history, score) == 0:
             best = {"model": model.state_dict(), "options": options, "classes": data.classes,
                     "flip": flip}
@@ -381,25 +385,27 @@ def predict_logits(model: CNN, images: Tensor, flip: bool, device: torch.device)
     """
     model.eval()  # batch norm uses its running statistics; no dropout
     logits = []
-    for batch in images.split(500):
+    # 500 images of 32 x 32, and fewer if they are larger, since each takes more memory.
+    batch_size = max(1, 500 * 32**2 // images.shape[1]**2)
+    for batch in images.split(batch_size):
         batch = batch.to(device)
         batch_logits = model(batch)
-        if flip:  # left to right, along the width
-            batch_logits = (batch_logits + model(batch.flip(2))) / 2
+        if flip:
+            batch_logits = (batch_logits + model(batch.flip(2))) / 2  # axis 2 is the width
         logits.append(batch_logits.cpu())
     return torch.cat(logits)
 
 
-def measure(model: CNN, images: ImageSet, flip: bool, device: torch.device) -> dict:
+def measure(model: CNN, data: ImageSet, flip: bool, device: torch.device) -> dict:
     """Return the loss and the accuracy on a set of images."""
-    logits = predict_logits(model, images.images, flip, device)
-    accuracy = (logits.argmax(1) == images.labels).double().mean()
-    return {"loss": cross_entropy(logits, images.labels).item(), "accuracy": accuracy.item()}
+    logits = predict_logits(model, data.images, flip, device)
+    accuracy = (logits.argmax(1) == data.labels).double().mean()
+    return {"loss": cross_entropy(logits, data.labels).item(), "accuracy": accuracy.item()}
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the expected calibration error: the mean difference between confidence and accuracy
-    over `bins` bins. Guo et al., 2017.
+    """Return the expected calibration error (Guo et al., 2017): the mean, weighted by their images,
+    of |accuracy - mean confidence| over `bins` bins of confidence.
 
     logits: float (N, classes); labels: int64 (N,).
     """
@@ -414,9 +420,9 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
     """Measure the best model on the test set; draw the plots; write summary.json."""
     model, checkpoint = load_model(folder / "best.pt", device)
+    # Until here the test set has not been used.
     logits = predict_logits(model, data.test.images, checkpoint["flip"], device)
     labels = data.test.labels
-    # The only place where the test set is used.
     test = common.classification_report(logits.argmax(1), labels, data.classes)
     test["loss"] = cross_entropy(logits, labels).item()
     test["calibration_error"] = calibration_error(logits, labels)
@@ -442,23 +448,21 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
     """Plot the confusion matrix: a row for each true class, a column for each predicted class."""
     count = len(classes)
     # Each pair (true, predicted) is one number, so that bincount() counts them all at once.
-    confusion = (labels * count + predicted).bincount(minlength=count**2)
-    confusion = confusion.view(count, count)
+    confusion = (labels * count + predicted).bincount(minlength=count**2).view(count, count)
     fraction = confusion.float() / confusion.sum(1, keepdim=True).clamp(min=1)
     inches = 3 + 0.42 * min(count, 50)
     figure, axes = common.new_figure(1, 1, (inches + 1, inches), title)
     axis = axes[0, 0]
     colors = axis.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(colors, label="fraction of the true class")
-    names = [common.plain(name) for name in classes]
+    names = [common.escape_dollars(name) for name in classes]
     axis.set(xlabel="predicted", ylabel="true", xticks=range(count), yticks=range(count))
     axis.set_yticklabels(names)
     axis.set_xticklabels(names, rotation=45, ha="right")
-    # With more classes there is no room for numbers.
-    if count <= 20:
-        for (row, column), images in np.ndenumerate(confusion.numpy()):
+    if count <= 20:  # else the numbers would overlap
+        for (row, column), number in np.ndenumerate(confusion.numpy()):
             color = "white" if fraction[row, column] > 0.5 else "black"
-            axis.text(column, row, images, color=color, fontsize=8, ha="center", va="center")
+            axis.text(column, row, number, color=color, fontsize=8, ha="center", va="center")
     common.save_figure(path, figure)
 
 
@@ -475,19 +479,19 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     for rows, mask, color in ((axes[:2], correct, "green"), (axes[2:], ~correct, "red")):
         order = confidence[mask].argsort(descending=True)
         chosen = torch.where(mask)[0][order]  # indices of images, most confident first
-        best, others = chosen[:columns], chosen[columns:]
-        sample = others[::len(others) // columns + 1]
-        for axis, i in zip(rows.flat, [*best, *sample]):
+        surest, others = chosen[:columns], chosen[columns:]
+        sample = others[::max(1, len(others) // columns)]
+        for axis, i in zip(rows.flat, [*surest, *sample]):
             axis.imshow(data.test.images[i])
             text = f"{data.classes[predicted[i]]} {confidence[i]:.0%}"
             if not correct[i]:
                 text += f"\ntrue: {data.classes[data.test.labels[i]]}"
-            axis.set_title(common.plain(text), fontsize=8, color=color)
+            axis.set_title(common.escape_dollars(text), fontsize=8, color=color)
     common.save_figure(path, figure)
 
 
 def load_model(path: Path, device: torch.device) -> tuple[CNN, dict]:
-    """Load a model, and the checkpoint that it is in."""
+    """Return the model saved at `path`, and its checkpoint."""
     checkpoint = common.load_checkpoint(path, "cnn.py")
     model = CNN(**checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
@@ -499,7 +503,7 @@ def predict(args: Namespace, device: torch.device) -> None:
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
     size = checkpoint["options"]["size"]
     for file in common.prediction_inputs(args.predict, files=True):
-        image = torch.from_numpy(common.read_image(file, size, 3))[None]  # (1, size, size, 3)
+        image = torch.from_numpy(common.read_image(file, size))[None]  # (1, size, size, 3)
         logits = predict_logits(model, image, checkpoint["flip"], device)
         probability, label = F.softmax(logits, dim=1).max(1)
         print(f"{file}\t{checkpoint['classes'][label]}\t{probability.item():.4f}")
@@ -515,7 +519,8 @@ def build_parser() -> common.ArgumentParser:
     add = parser.add_argument_group("options of the CNN").add_argument
     add("--data", default="auto", help="auto, cifar10, synthetic, or a folder of class folders")
     add("--size", type=common.number(int, 8, 1024), default=32, help="images are SIZE x SIZE")
-    add("--limit", type=count, help="use only LIMIT training images")
+    add("--limit", type=count,
+        help="read only LIMIT training images, before validation images are taken")
     add("--synthetic-size", type=common.number(int, 100), default=12000,
         help="synthetic training images")
     add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of the blocks")
@@ -523,6 +528,7 @@ def build_parser() -> common.ArgumentParser:
     add("--hidden", type=count, default=256, help="width of the fully connected layer")
     add("--dropout", type=fraction, default=0.2, help="dropout probability")
     add("--label-smoothing", type=fraction, default=0.1, help="label smoothing")
+    # Less than the smallest --size, or reflect() would not find its way back.
     add("--crop", type=common.number(int, 0, 7), default=3, help="largest random shift, in pixels")
     add("--no-flip", action="store_true", help="do not flip images (for digits or text)")
     add("--no-batch-norm", action="store_true", help="do not use batch norm")
@@ -541,8 +547,8 @@ def main() -> None:
     data = load_data(args)
     args.data = data.name  # so that --resume loads the same data set even if --data was auto
     args.checksum = zlib.crc32(data.train.images.numpy())
-    sizes = [len(images) for images, _ in (data.train, data.validation, data.test)]
-    common.describe_sets(data.name, device, *sizes)
+    common.describe_sets(data.name, device, data.train.labels, data.validation.labels,
+                         data.test.labels)
     describe_classes(data)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
@@ -25,7 +26,7 @@ import zipfile
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -44,8 +45,10 @@ def run_main(main: Callable) -> None:
     """Run `main()`. Errors that the user can fix are printed as one line, with exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
+    # What PyTorch warns of is for those who write code, except for the reason why it finds no GPU.
     warnings.filterwarnings("ignore", module=r"torch\b")
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # it has a new name
+    warnings.filterwarnings("default", message="CUDA initialization")
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # it is called otherwise now
     try:
         start_processes()
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -65,6 +68,7 @@ def run_main(main: Callable) -> None:
         sys.exit(130)
 
 
+@functools.lru_cache(maxsize=None)
 def warn(message: str) -> None:
     """Print a warning in the first process, the same one only once."""
     if RANK == 0:
@@ -80,7 +84,9 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 
 def start_processes() -> None:
-    """Initialize the process group if there are several processes. Only the first one prints."""
+    """Initialize the process group if there are several processes. Only the first one prints its
+    progress.
+    """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
     if RANK > 0 or WORLD > 1:
@@ -90,7 +96,7 @@ def start_processes() -> None:
             raise UserError(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}") from None
 
 
-def data_parallel(model: nn.Module, args: Namespace, device: torch.device) -> nn.Module:
+def wrap_model(model: nn.Module, args: Namespace, device: torch.device) -> nn.Module:
     """Return the model to call in training: compiled with --compile, and wrapped to average the
     gradients if there are several processes.
     """
@@ -103,41 +109,54 @@ def data_parallel(model: nn.Module, args: Namespace, device: torch.device) -> nn
     return nn.parallel.DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
 
 
-def on_first(function: Callable, *arguments: Any) -> Any:
-    """Call a function in the first process only; return its result in all of them."""
-    result = [function(*arguments) if RANK == 0 else None]
+def on_first_process(function: Callable, *arguments: Any) -> Any:
+    """Call a function in the first process only; return its result, or raise its UserError, in all
+    of them.
+    """
+    result = None
+    if RANK == 0:
+        try:
+            result = function(*arguments)
+        except UserError as error:
+            result = error
     if WORLD > 1:
-        dist.broadcast_object_list(result, src=0)
-    return result[0]
+        shared = [result]
+        dist.broadcast_object_list(shared, src=0)
+        result = shared[0]
+    # If the first process alone raised it, the others would wait for it forever.
+    if isinstance(result, UserError):
+        raise result
+    return result
 
 
 def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
     """Return the indices 0 to count - 1 in random order, as batches: int64 (steps, batch_size).
 
-    The last, incomplete batch is dropped. With several processes, each has its own columns.
+    The last, incomplete batch is dropped. With several processes, each has its share of the
+    columns.
     """
     batch_size = min(batch_size, count) // WORLD * WORLD
     if batch_size < 2 * WORLD:  # batch norm needs two examples
         raise UserError(f"--batch-size: a step needs at least {2 * WORLD} training examples")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(count)).long()
     steps = count // batch_size
-    return order[:steps * batch_size].view(steps, batch_size)[:, RANK::WORLD]
+    batches = order[:steps * batch_size].view(steps, batch_size)
+    return batches[:, RANK::WORLD]
 
 
 # ---------------------------------------------------------------- Device and precision
 
-VERSION = tuple(int(number) for number in torch.__version__.split(".")[:2])
-HAS_AUTOCAST = VERSION >= (1, 10)
+VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # With weights_only, torch.load() runs no code from the file; in 1.13 it rejects floats.
 SAFE_LOADING = {"weights_only": True} if VERSION >= (2, 0) else {}
 # AdamW in one pass over all parameters; in earlier versions it is for CUDA only.
 FUSED = {"fused": True} if VERSION >= (2, 5) else {}
 # Whether the CPU has instructions for bfloat16; old versions of PyTorch cannot tell.
 try:
-    CPU_CAN = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
+    CPU_HAS_BFLOAT16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
 except AttributeError:
-    CPU_CAN = {}
-CPU_HAS_BFLOAT16 = CPU_CAN.get("avx512_bf16") or CPU_CAN.get("amx_bf16")
+    CPU_HAS_BFLOAT16 = False
 
 
 def select_device(name: str) -> torch.device:
@@ -148,28 +167,31 @@ def select_device(name: str) -> torch.device:
         name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).cpu()
-    except Exception:
-        raise UserError(f"--device {name}: not found by this PyTorch; try --device auto") from None
+        torch.zeros(1, device=device).cpu()  # it may have a name and not work
+    except Exception as error:
+        raise UserError(f"--device {name}: {str(error)[:200]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
 
 
-def autocast(precision: str, device: torch.device, large: bool = True) -> Any:
-    """Return the autocast context of a forward pass. `auto` is bfloat16 where the device is fast at
-    it, otherwise float32. `large`: whether matrices are large enough to gain from it on a CPU.
+def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> Any:
+    """Return the autocast context of a forward pass. `auto` is bfloat16 where the device has it.
+
+    cpu_gains: whether bfloat16 is faster on a CPU, too, as it is for large matrices.
     """
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        has_bfloat16 = VERSION >= (1, 10) and capability >= (8, 0)
+    else:
+        has_bfloat16 = device.type == "cpu" and CPU_HAS_BFLOAT16
     if precision == "auto":
-        if device.type == "cuda":
-            fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            fast = device.type == "cpu" and CPU_HAS_BFLOAT16 and large
-        precision = "bfloat16" if fast and HAS_AUTOCAST else "float32"
+        gains = cpu_gains or device.type == "cuda"
+        precision = "bfloat16" if has_bfloat16 and gains else "float32"
     if precision == "float32":
         return contextlib.nullcontext()
-    if not HAS_AUTOCAST or device.type == "mps":
-        raise UserError("--precision bfloat16 needs PyTorch 1.10, and a CPU or CUDA; use float32")
+    if not has_bfloat16:
+        raise UserError("--precision bfloat16: this device (or PyTorch) does not have it; use auto")
     return torch.autocast(device.type, torch.bfloat16)
 
 
@@ -186,7 +208,12 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written, and the default value after each option."""
+    """The description as it is written; default values, except of flags or if there are none."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.nargs == 0:
+            return action.help
+        return super()._get_help_string(action)
 
 
 def number(kind: type, low: float, high: float = 10**9) -> Callable:
@@ -221,7 +248,7 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     if hasattr(torch, "compile"):
         add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
-    # Checkpoints are in --out itself; rnn.py has folders in it.
+    # subfolder: where the checkpoints are, as a pattern relative to --out.
     parser.set_defaults(**{"script": script, "subfolder": ".", "compile": False, **defaults})
     return parser
 
@@ -237,6 +264,7 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     checkpoints = sorted(Path(args.out).glob(f"{args.subfolder}/last.pt"))
     path = checkpoints[0] if checkpoints else Path(args.out, "last.pt")
     saved = load_checkpoint(path, args.script)["options"]
+    # Parse again: what is given on the command line overrides what was saved.
     parser.set_defaults(**saved)
     parser.set_defaults(out=args.out)  # the folder may have been renamed
     args = parser.parse_args()
@@ -257,6 +285,7 @@ def lock(folder: Path) -> None:
     """Lock a folder until this process ends. Raises UserError if another run has locked it."""
     try:
         import fcntl  # not on Windows
+        # The descriptor is never closed: the lock is released when this process ends.
         fcntl.flock(os.open(str(folder), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass
@@ -287,7 +316,7 @@ def run_folder(args: Namespace) -> Iterator[Path]:
             warn(f"--out {args.out} held another run, which is now in {old}")
             folder.mkdir()
             lock(folder)
-    on_first(prepare)
+    on_first_process(prepare)
     try:
         yield folder
     except KeyboardInterrupt:
@@ -302,6 +331,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
         torch.save(checkpoint, file)
+        # All of it must be on the disk before it takes the place of the old file.
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -324,14 +354,14 @@ def load_checkpoint(path: Path, script: str) -> dict:
     return checkpoint
 
 
-def resume(folder: Path, args: Namespace, state: dict) -> list:
+def load_last(folder: Path, args: Namespace, state: dict) -> list:
     """Load last.pt into the parts of `state`; return the history of the run so far.
 
     Raises UserError if the data are not those of that run, as told by `args.checksum`, which the
     script sets when it has loaded them.
     """
     checkpoint = load_checkpoint(folder / "last.pt", args.script)
-    if checkpoint["checksum"] != args.checksum:
+    if checkpoint["options"]["checksum"] != args.checksum:
         raise UserError(f"--data {args.data}: the run in {args.out} was started with other data")
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
@@ -350,14 +380,15 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
                         "--clip (checkpoints of earlier epochs are kept)")
     if RANK > 0:
         return
-    rows = [history[0], *(row.values() for row in history)]
-    table = "\n".join(",".join(map(str, row)) for row in rows)
+    # The columns are the names of the first row.
+    lines = [history[0].keys(), *(row.values() for row in history)]
+    table = "\n".join(",".join(map(str, line)) for line in lines)
     write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
     if best:
         best.update(script=args.script, metrics=history[-1])
         save_checkpoint(folder / "best.pt", best)
     last = {name: part.state_dict() for name, part in state.items()}
-    last.update(script=args.script, options=vars(args), checksum=args.checksum, history=history)
+    last.update(script=args.script, options=vars(args), history=history)
     save_checkpoint(folder / "last.pt", last)
 
 
@@ -415,24 +446,17 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     return nn.utils.clip_grad_norm_(model.parameters(), max_norm)
 
 
-class RunningMeans:
-    """The means of metrics over the steps of an epoch.
+def means(steps: list) -> dict:
+    """Return the mean of each metric over the steps of an epoch.
 
-    The sums stay on the device, so that no step waits for it. With several processes, each has the
-    means over its own examples.
+    steps: {name: tensor ()} of each step. The tensors stay on the device until here, so that no
+    step waits for it. With several processes, each has the means over its own examples.
     """
-
-    def __init__(self):
-        self.steps = 0
-        self.sums = {}
-
-    def update(self, **values: Tensor) -> None:
-        self.steps += 1
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-
-    def compute(self) -> dict:
-        return {name: total.item() / self.steps for name, total in self.sums.items()}
+    found = {}
+    for name in steps[0]:
+        values = torch.stack([step[name] for step in steps])
+        found[name] = values.float().mean().item()
+    return found
 
 
 def epochs_since_best(history: list, score: Callable) -> int:
@@ -441,13 +465,13 @@ def epochs_since_best(history: list, score: Callable) -> int:
     return len(scores) - 1 - scores.index(max(scores))
 
 
-def epochs(args: Namespace, history: list, score: Callable) -> Iterator[int]:
+def epochs_to_train(args: Namespace, history: list, score: Callable) -> Iterator[int]:
     """Yield the numbers of the epochs to train: up to --epochs, or until early stopping, which does
     not act during the warm-up. The caller appends a row to `history` in each epoch.
     """
     while len(history) < args.epochs:
-        warm = len(history) > args.warmup * args.epochs
-        if warm and epochs_since_best(history, score) >= args.patience:
+        warmed_up = len(history) > args.warmup * args.epochs
+        if warmed_up and epochs_since_best(history, score) >= args.patience:
             print(f"early stopping: no improvement on validation for {args.patience} epochs")
             break
         epoch = len(history) + 1
@@ -495,11 +519,11 @@ def new_figure(rows: int, columns: int, inches: tuple, title: str) -> tuple:
     """A Matplotlib figure, which needs no display, and its axes (rows, columns)."""
     from matplotlib.figure import Figure
     figure = Figure(inches, constrained_layout=True)
-    figure.suptitle(plain(title))
+    figure.suptitle(escape_dollars(title))
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def plain(text: str) -> str:
+def escape_dollars(text: str) -> str:
     """Escape dollar signs, between which Matplotlib would read a formula."""
     return text.replace("$", r"\$")
 
@@ -511,7 +535,8 @@ def save_figure(path: Path, figure: Any) -> None:
 def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tuple:
     """Plot {ylabel: {label: column}} over the epochs, a panel each, and the learning rate.
 
-    One panel is "gradient norm". Returns the figure and {ylabel: axis}, for a script to add to.
+    One panel is "gradient norm"; columns of the history called "... clipped" are the fractions of
+    clipped steps. Returns the figure and {ylabel: axis}, for a script to add to.
     """
     rows = len(panels) // 2 + 1
     figure, grid = new_figure(rows, 2, (8.3, 2.8 * rows), title)
@@ -527,7 +552,8 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
     # The schedule itself, at many moments, so that the warm-up is seen.
     progress = np.linspace(0, epoch[-1] / args.epochs, 1000)
     rates = [args.lr * warmup_cosine(moment, args.warmup) for moment in progress]
-    axes["learning rate"].plot(args.epochs * progress, rates, label="at each step")
+    label = f"schedule of {args.epochs} epochs"
+    axes["learning rate"].plot(args.epochs * progress, rates, label=label)
     for ylabel, axis in axes.items():
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.grid(alpha=0.3)
@@ -547,12 +573,13 @@ def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
     """
     generator = random.Random(seed)
     group_of = dict(zip(contents, groups))
+    # Group after group, each in random order; then every tenth content is in the same part.
     order = sorted(group_of, key=lambda content: (group_of[content], generator.random()))
     part_of = {content: place % 10 for place, content in enumerate(order)}
     return torch.tensor([part_of[content] for content in contents])
 
 
-def complete_sets(sets: dict, seed: int) -> None:
+def make_disjoint_sets(sets: dict, seed: int) -> None:
     """Take a missing "test" or "val" from "train", a tenth of it, and leave no image in two sets.
 
     sets: {"train": (images, labels), ...}, changed in place; images are compared as they were read.
@@ -561,8 +588,8 @@ def complete_sets(sets: dict, seed: int) -> None:
         return [hash(image.tobytes()) for image in images.numpy()]
     images, labels = sets["train"]
     part = split_tenths(contents(images), labels.tolist(), seed)
-    for number, name in enumerate(("test", "val")):
-        sets.setdefault(name, (images[part == number], labels[part == number]))
+    for tenth, name in enumerate(("test", "val")):
+        sets.setdefault(name, (images[part == tenth], labels[part == tenth]))
     # Remove from each set what an earlier one contains: from "train" also what was just taken.
     seen = set()
     for name in ("test", "val", "train"):
@@ -575,11 +602,12 @@ def complete_sets(sets: dict, seed: int) -> None:
         seen.update(keys)
 
 
-def describe_sets(name: str, device: torch.device, train: int, validation: int, test: int) -> None:
-    """Print the sizes of the three sets, and warn if one of them is very small."""
-    print(f"{name}, on {device}: {train:,} training, {validation:,} validation and {test:,} test "
-          "examples", flush=True)
-    if min(validation, test) < 30:
+def describe_sets(name: str, device: torch.device, *sets: Sequence) -> None:
+    """Print the sizes of the training, validation and test set, and warn if one is very small."""
+    sizes = [len(examples) for examples in sets]
+    print("{}, on {}: {:,} training, {:,} validation and {:,} test examples".format(
+        name, device, *sizes), flush=True)
+    if min(sizes) < 30:
         warn("with fewer than 30 examples to validate or test on, the results are mostly chance")
 
 
@@ -589,15 +617,15 @@ def normalize(text: str) -> str:
 
 
 def read_table(path: str, names: tuple) -> list:
-    """Return two columns of a CSV or TSV file in UTF-8 as a list of tuples.
+    """Return the columns `names` of a CSV or TSV file in UTF-8, as a list of tuples.
 
     The first line names the columns. Raises UserError with the number of a line that does not fit.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except ValueError:
-        raise UserError(f"--data {path}: not a text file in UTF-8 (but perhaps .xlsx or .gz); save "
-                        "the table as CSV in UTF-8") from None
+        raise UserError(f"--data {path}: not a text file in UTF-8 (is it .xlsx or .gz?); save the "
+                        "table as CSV in UTF-8") from None
     tabs = {}
     if "\t" in text.partition("\n")[0]:  # a TSV file, in which quotation marks mean nothing
         tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
@@ -611,20 +639,25 @@ def read_table(path: str, names: tuple) -> list:
                 raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; a text "
                                  "with a comma in it needs quotation marks around it")
             cells = tuple(normalize(row[column]) for column in columns)
-            if "" in cells or cells == names:
+            if "" in cells or tuple(map(str.lower, cells)) == names:
                 raise ValueError("an empty cell or a repeated header; correct or delete the line")
             rows.append(cells)
     except (ValueError, csv.Error) as error:
         raise UserError(f"--data {path}, line {reader.line_num}: {error} (the first line must name "
                         f"the columns {' and '.join(names)})") from None
+    if not rows:
+        raise UserError(f"--data {path}: there are no rows below the header")
     return rows
 
 
 def prediction_inputs(values: list, files: bool = False) -> list:
-    """Return the arguments of --predict, or for "-" the non-blank lines of standard input."""
+    """Return the arguments of --predict, or for "-" the non-blank lines of standard input.
+
+    files: whether the arguments are meant to be files.
+    """
     if values == ["-"]:
         text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
-        return [line for line in text.splitlines() if line.strip()]
+        return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
     for value in values:
         if os.path.isfile(value) and not files:
             warn(f"{value} is read as text, not as a file; for its lines: --predict - < {value}")
@@ -634,16 +667,15 @@ def prediction_inputs(values: list, files: bool = False) -> list:
 # ---------------------------------------------------------------- Images
 
 
-def read_image(path: str, size: int, channels: int) -> np.ndarray:
-    """Read an image as uint8 (size, size, channels), resized and center-cropped to a square.
+def read_image(path: str, size: int) -> np.ndarray:
+    """Read an image as uint8 (size, size, 3), resized and center-cropped to a square.
 
     Transparent pixels become white. Raises UserError.
     """
     from PIL import Image, ImageOps
-    mode = "RGB" if channels == 3 else "L"
     try:
         image = Image.open(path)
-        image.draft(mode, (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
+        image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
         with contextlib.suppress(Exception):  # ignores a broken EXIF record
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
@@ -653,13 +685,13 @@ def read_image(path: str, size: int, channels: int) -> np.ndarray:
             image = Image.fromarray(values.astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.BICUBIC)
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert(mode)
+        image = Image.alpha_composite(white, image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds
         raise UserError(f"{path}: damaged, or in a format that Pillow lacks ({error})") from None
-    return np.array(image).reshape(size, size, channels)
+    return np.array(image)
 
 
-def keep_apart(data: str, *written: str) -> None:
+def check_apart(data: str, *written: str) -> None:
     """Raise UserError if a folder to write to is in the folder of the data, or contains it."""
     source = Path(data).resolve()
     for name in written:
@@ -673,13 +705,17 @@ def image_files(folder: str) -> list:
 
     Linked folders are followed, but no folder is visited twice.
     """
+    def report(error):
+        warn(f"skipped a folder: {error}")
     files, visited = [], set()
-    for base, folders, names in os.walk(folder, followlinks=True):
+    for base, folders, names in os.walk(folder, onerror=report, followlinks=True):
+        # A link to a folder above would make the walk endless.
         target = os.path.realpath(base)
         if target in visited:
             folders.clear()
             continue
         visited.add(target)
+        # os.walk() visits the folders that are left in this list.
         folders[:] = filter(is_visible, sorted(folders))
         files += [os.path.join(base, name) for name in filter(is_visible, names)]
     return sorted(files)
@@ -690,13 +726,13 @@ def is_visible(name: str) -> bool:
     return name[0] != "." and name not in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
 
 
-def read_images(paths: list, size: int, channels: int) -> tuple:
+def read_images(paths: list, size: int) -> tuple:
     """Read image files in parallel. Files that cannot be read are named and skipped.
 
-    Returns the images, uint8 (N, size, size, channels), and the indices of their paths. Raises
-    UserError if there are none, or more than fit into half of the memory.
+    Returns the images, uint8 (N, size, size, 3), and the indices of their paths. Raises UserError
+    if there are none, or more than fit into half of the memory.
     """
-    gigabytes = len(paths) * size**2 * channels / 1e9
+    gigabytes = len(paths) * size**2 * 3 / 1e9
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
         if gigabytes > memory / 2:
@@ -705,17 +741,18 @@ def read_images(paths: list, size: int, channels: int) -> tuple:
 
     def read(path):
         try:
-            return read_image(path, size, channels)
+            return read_image(path, size)
         except UserError as error:
             warn(f"skipped {error}")
             return None
+    # Pillow decodes without holding Python's lock, so threads run side by side.
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         images = list(progress_bar(threads.map(read, paths), "reading images", len(paths)))
     kept = [i for i, image in enumerate(images) if image is not None]
     if len(kept) < len(paths):
         warn(f"{len(paths) - len(kept)} of {len(paths)} files cannot be read")
     if not kept:
-        raise UserError("--data: there is no image that can be read")
+        raise UserError(f"--data: none of {len(paths)} files in one of its folders is an image")
     return torch.from_numpy(np.stack([images[i] for i in kept])), kept
 
 
@@ -729,15 +766,13 @@ def load_torchvision(name: str, data_dir: str) -> tuple:
     dataset = getattr(datasets, name)
     socket.setdefaulttimeout(10)  # seconds; a network that does not answer must not hang the run
 
-    # All processes have to learn of a failure, so the first one returns it.
     def download():
         try:
             dataset(data_dir, download=True)
         except Exception as error:
-            return f"{name} is not in {data_dir}, and cannot be downloaded: {error}"
-    problem = on_first(download)
-    if problem:
-        raise UserError(problem)
+            raise UserError(f"{name} is not in {data_dir}, and cannot be downloaded: {error}"
+                            ) from None
+    on_first_process(download)
     sets = {}
     for set_name, train in (("train", True), ("test", False)):
         data = dataset(data_dir, train)

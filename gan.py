@@ -37,8 +37,10 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "Deja
 
 
 class Dataset(NamedTuple):
-    name: str  # of the data set, for logs and plots
-    train: Tensor  # uint8 (N, size, size, channels), as are the other two
+    """Three sets of images, uint8 (N, size, size, channels), with no image in two of them."""
+
+    name: str  # mnist, fashion-mnist, cifar10, synthetic or the folder
+    train: Tensor
     validation: Tensor
     test: Tensor
 
@@ -61,20 +63,22 @@ def synthetic_digits(count: int, seed: int) -> tuple:
 
 
 def load_folder(args: Namespace) -> tuple:
-    """Return all images in a folder and its subfolders, uint8 (N, size, size, channels), in random
-    order, and labels that are all 0.
+    """Return all images in a folder and its subfolders, uint8 (N, size, size, 3), in random order,
+    and labels that are all 0.
     """
     if not Path(args.data).is_dir():
         raise common.UserError(f"--data {args.data}: neither a folder nor a data set (see --help)")
-    common.keep_apart(args.data, args.out, image_folder(args))
+    common.check_apart(args.data, args.out, image_folder(args))
     paths = common.image_files(args.data)
     np.random.default_rng(args.seed).shuffle(paths)  # they are sorted, often by class
-    channels = 1 if args.gray else 3
-    images, _ = common.read_images(paths[:args.limit], args.size, channels)
-    if len(images) < 100:
-        raise common.UserError(f"--data {args.data}: only {len(images)} images were read; at least "
-                               "100 are needed")
+    images, _ = common.read_images(paths[:args.limit], args.size)
     return images, torch.zeros(len(images))
+
+
+def random_sample(images: Tensor) -> Tensor:
+    """Return up to 5,000 of the images, enough for the metrics. A test set may be sorted."""
+    order = np.random.default_rng(0).permutation(len(images))
+    return images[order[:5000]]
 
 
 def load_data(args: Namespace) -> Dataset:
@@ -89,15 +93,16 @@ def load_data(args: Namespace) -> Dataset:
                 raise
             common.warn(f"{error}; training on synthetic digits instead")
             name = "synthetic"
+    elif name != "synthetic":
+        sets = {"train": load_folder(args)}
     if name == "synthetic":  # asked for, or the fallback
         count = args.limit or 10000
         sets = {"train": synthetic_digits(count, args.seed),
                 "test": synthetic_digits(count // 5, args.seed + 10**9)}
-    elif name not in TORCHVISION:
-        sets = {"train": load_folder(args)}
-    # The labels are used to spread each class evenly over the sets, and then no more.
-    common.complete_sets(sets, args.seed)
-    return Dataset(name, *(sets[key][0] for key in ("train", "val", "test")))
+    # The labels serve only to spread each class evenly over the sets.
+    common.make_disjoint_sets(sets, args.seed)
+    return Dataset(name, sets["train"][0], random_sample(sets["val"][0]),
+                   random_sample(sets["test"][0]))
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -122,28 +127,25 @@ class Generator(nn.Module):
     size: a multiple of 4; width: the number of channels at half the image's size.
     """
 
-    def __init__(self, size: int = 28, channels: int = 1, latent: int = 100, width: int = 64,
-                 batch_norm: bool = True):
+    def __init__(self, size: int = 28, channels: int = 1, latent: int = 100, width: int = 64):
         super().__init__()
         self.latent = latent
         side = size // 8
-        norm = nn.BatchNorm2d if batch_norm else nn.Identity
-        # Batch norm adds a bias of its own, so the layer before it needs none.
-        bias = not batch_norm
-        # Transposed convolutions with kernel 4, stride 2 and padding 1 double the size. Shapes on
-        # the right are for 28 x 28 images with one channel and the default width.
+        # Transposed convolutions with kernel 4, stride 2 and padding 1 double the size. Batch norm
+        # adds a bias of its own, so the layer before it needs none. Shapes on the right are for
+        # 28 x 28 images with one channel and the default width.
         self.layers = nn.Sequential(
-            nn.Linear(latent, 4 * width * side**2, bias),  # (N, 2304)
+            nn.Linear(latent, 4 * width * side**2, bias=False),  # (N, 2304)
             nn.Unflatten(1, (4 * width, side, side)),  # (N, 256, 3, 3)
-            norm(4 * width),
+            nn.BatchNorm2d(4 * width),
             nn.ReLU(),
             # Doubling 3 gives 6; 7 needs one more row and column.
             nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1, output_padding=size // 4 % 2,
-                               bias=bias),  # (N, 128, 7, 7)
-            norm(2 * width),
+                               bias=False),  # (N, 128, 7, 7)
+            nn.BatchNorm2d(2 * width),
             nn.ReLU(),
-            nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=bias),  # (N, 64, 14, 14)
-            norm(width),
+            nn.ConvTranspose2d(2 * width, width, 4, 2, 1, bias=False),  # (N, 64, 14, 14)
+            nn.BatchNorm2d(width),
             nn.ReLU(),
             nn.ConvTranspose2d(width, channels, 4, 2, 1),  # (N, 1, 28, 28)
             nn.Tanh(),
@@ -160,28 +162,27 @@ class Discriminator(nn.Module):
     Radford et al., 2016. images: float (N, channels, size, size) in [-1, 1] -> logits: float (N,).
     """
 
-    def __init__(self, size: int = 28, channels: int = 1, width: int = 64,
-                 batch_norm: bool = True):
+    def __init__(self, size: int = 28, channels: int = 1, width: int = 64):
         super().__init__()
-        norm = nn.BatchNorm2d if batch_norm else nn.Identity
-        bias = not batch_norm
         # Convolutions with kernel 4, stride 2 and padding 1 halve the size, rounded down.
         self.layers = nn.Sequential(
             nn.Conv2d(channels, width, 4, 2, 1),  # (N, 64, 14, 14)
             nn.LeakyReLU(0.2),
-            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=bias),  # (N, 128, 7, 7)
-            norm(2 * width),
+            nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),  # (N, 128, 7, 7)
+            nn.BatchNorm2d(2 * width),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * width, 4 * width, 4, 2, 1, bias=bias),  # (N, 256, 3, 3)
-            norm(4 * width),
+            nn.Conv2d(2 * width, 4 * width, 4, 2, 1, bias=False),  # (N, 256, 3, 3)
+            nn.BatchNorm2d(4 * width),
             nn.LeakyReLU(0.2),
             nn.Flatten(),  # (N, 2304)
             nn.Linear(4 * width * (size // 8)**2, 1),  # (N, 1)
         )
         self.apply(initialize)
-        # Convolutions are faster in this memory format. Transposed ones are not, and PyTorch 2.0
-        # computes wrong gradients for them (issue 99519): the generator keeps the default format.
-        self.to(memory_format=torch.channels_last)
+        # Convolutions are faster in this memory format, but with one channel PyTorch 1.12 crashes
+        # (issue 82060). Transposed convolutions are not, and PyTorch 2.0 computes them wrong in it
+        # (issue 99519), so the generator keeps the default format.
+        if common.VERSION >= (1, 13):
+            self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layers(images).squeeze(1)
@@ -190,8 +191,8 @@ class Discriminator(nn.Module):
 # ---------------------------------------------------------------- Training
 
 SAMPLES = 2000  # generated images that are compared with the validation set after each epoch
-# The gradient penalty changes slowly and costs more than half of a step, so it is computed every
-# 16th step, with 16 times the weight (lazy regularization; Karras et al., 2020).
+# The gradient penalty changes slowly and costs more than half as much as the rest of a step, so it
+# is computed every 16th step, with 16 times the weight (lazy regularization; Karras et al., 2020).
 PENALTY_EVERY = 16
 
 
@@ -206,10 +207,10 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """Return the mean squared norm of the gradient of real images' logits.
+    """Return R1 (Mescheder et al., 2018): the mean squared norm of the gradient of the logits with
+    respect to the real images.
 
-    This is R1 of Mescheder et al., 2018.
-    A discriminator that is flat about the real images cannot memorize them.
+    It keeps the discriminator flat around them, which makes the training converge.
     """
     real = real.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
@@ -218,8 +219,8 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
 
 @torch.no_grad()
 def update_ema(generator_ema: nn.Module, generator: nn.Module, decay: float) -> None:
-    """Average over time: ema = decay * ema + (1 - decay) * value, for each weight and each of batch
-    norm's running statistics. Yazici et al., 2019.
+    """Set average = decay * average + (1 - decay) * value, for each weight and each of batch norm's
+    running statistics. Yazici et al., 2019.
     """
     for average, value in zip(generator_ema.state_dict().values(),
                               generator.state_dict().values()):
@@ -228,9 +229,7 @@ def update_ema(generator_ema: nn.Module, generator: nn.Module, decay: float) -> 
 
 
 def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer:
-    """Return AdamW (Loshchilov and Hutter, 2019). Its beta1 is small: the loss changes with the
-    opponent, so old gradients mislead.
-    """
+    """Return AdamW (Loshchilov and Hutter, 2019)."""
     return torch.optim.AdamW(common.parameter_groups(network, args.weight_decay), lr=args.lr,
                              betas=(args.beta1, 0.999), **common.FUSED)
 
@@ -244,14 +243,13 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     """Train both networks; keep their last and best epoch in `folder`. Return the history."""
     torch.manual_seed(args.seed)
     size, channels = data.train.shape[2:]  # of (N, size, size, channels)
-    options = {"size": size, "channels": channels, "width": args.width,
-               "batch_norm": not args.no_batch_norm}
-    discriminator = Discriminator(**options).to(device)
-    options["latent"] = args.latent  # the generator alone has it
+    shape = {"size": size, "channels": channels, "width": args.width}
+    options = {**shape, "latent": args.latent}
+    discriminator = Discriminator(**shape).to(device)
     generator = Generator(**options).to(device)
     generator_ema = copy.deepcopy(generator)  # exponential moving average of the weights
     images = data.train.to(device)
-    steps = len(common.shuffled_batches(len(images), args.batch_size, args.seed))  # in an epoch
+    steps = len(common.shuffled_batches(len(images), args.batch_size))  # in an epoch
     optimizer_d = make_optimizer(discriminator, args)
     optimizer_g = make_optimizer(generator, args)
     scheduler_d = common.make_scheduler(optimizer_d, args, steps)
@@ -259,19 +257,19 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     state = {"generator": generator, "discriminator": discriminator, "optimizer_g": optimizer_g,
              "optimizer_d": optimizer_d, "scheduler_g": scheduler_g, "scheduler_d": scheduler_d,
              "generator_ema": generator_ema}
-    history = common.resume(folder, args, state) if args.resume else []
-    ddp_generator = common.data_parallel(generator, args, device)
-    ddp_discriminator = common.data_parallel(discriminator, args, device)
+    history = common.load_last(folder, args, state) if args.resume else []
+    ddp_generator = common.wrap_model(generator, args, device)
+    ddp_discriminator = common.wrap_model(discriminator, args, device)
     autocast = common.autocast(args.precision, device)
     real_features = random_features(data.validation)
     fixed_z = latent_vectors(SAMPLES, args.latent, args.seed)
 
-    for epoch in common.epochs(args, history, score):
+    for epoch in common.epochs_to_train(args, history, score):
         start = time.perf_counter()
-        means = common.RunningMeans()
+        metrics = []
         batches = common.shuffled_batches(len(images), args.batch_size, args.seed, epoch)
         bar = common.progress_bar(batches.to(device), f"epoch {epoch}/{args.epochs}")
-        for step, indices in enumerate(bar, (epoch - 1) * steps):  # counted over all epochs
+        for step, indices in enumerate(bar, start=(epoch - 1) * steps):
             real = to_float(images[indices])
             z = torch.randn(len(real), args.latent, device=device)
 
@@ -282,9 +280,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                 fake_logits = ddp_discriminator(fake.detach())  # no gradient for the generator
             loss_d = discriminator_loss(real_logits.float(), fake_logits.float())
             total = loss_d
-            if step % PENALTY_EVERY == 0:
+            if args.r1 and step % PENALTY_EVERY == 0:
                 weight = PENALTY_EVERY * args.r1 / 2
-                # Never compiled: torch.compile() has no second derivatives.
+                # In float32, and never compiled: torch.compile() has no second derivatives.
                 total = loss_d + weight * gradient_penalty(discriminator, real)
             optimizer_d.zero_grad()
             total.backward()
@@ -292,7 +290,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             optimizer_d.step()
 
             # (2) Generator: maximize log D(G(z)), with the discriminator as it is now.
-            discriminator.requires_grad_(False)  # its weights need no gradient, nor their average
+            # Only the generator learns, so the discriminator's weights need no gradients, and the
+            # network itself is called, not the one that averages them over processes.
+            discriminator.requires_grad_(False)
             with autocast:
                 logits = discriminator(fake)
             loss_g = generator_loss(logits.float())
@@ -306,22 +306,26 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             scheduler_g.step()
             # The decay rises from 0 to --ema, so that the initial weights are soon forgotten.
             update_ema(generator_ema, generator, min(args.ema, step / (step + 10)))
-            means.update(discriminator_loss=loss_d, generator_loss=loss_g,
-                         real_accuracy=(real_logits > 0).float().mean(),
-                         fake_accuracy=(fake_logits < 0).float().mean(),
-                         discriminator_gradient_norm=norm_d, generator_gradient_norm=norm_g,
-                         discriminator_clipped=norm_d > args.clip,
-                         generator_clipped=norm_g > args.clip)
+            metrics.append({
+                "discriminator_loss": loss_d.detach(),
+                "generator_loss": loss_g.detach(),
+                "real_accuracy": (real_logits > 0).float().mean(),
+                "fake_accuracy": (fake_logits < 0).float().mean(),
+                "discriminator_gradient_norm": norm_d,
+                "generator_gradient_norm": norm_g,
+                "discriminator_clipped": norm_d > args.clip,
+                "generator_clipped": norm_g > args.clip})
 
         samples = generate(generator_ema, fixed_z, device)
-        metrics = common.on_first(measure, real_features, samples)
-        row = {"epoch": epoch, "learning_rate": scheduler_g.get_last_lr()[0], **means.compute(),
-               **metrics, "seconds": time.perf_counter() - start}
+        quality = common.on_first_process(measure, real_features, samples)
+        row = {"epoch": epoch, "learning_rate": scheduler_g.get_last_lr()[0],
+               **common.means(metrics), **quality, "seconds": time.perf_counter() - start}
         history.append(row)
         print(f"epoch {epoch:2}/{args.epochs}  losses {row['discriminator_loss']:.2f}, "
               f"{row['generator_loss']:.2f}  Fréchet {row['frechet']:.3f}, "
               f"coverage {row['coverage']:.1%}  {row['seconds']:.1f} s", flush=True)
-        common.on_first(save_grid, image_folder(args) / f"epoch_{epoch:03}.png", samples[:64], 8)
+        path = image_folder(args) / f"epoch_{epoch:03}.png"
+        common.on_first_process(save_grid, path, samples[:64], 8)
         best = None
         if common.epochs_since_best(history, score) == 0:
             best = {"model": generator_ema.state_dict(), "options": options}
@@ -339,8 +343,11 @@ def latent_vectors(count: int, latent: int, seed: int) -> Tensor:
 
 @torch.no_grad()
 def generate(generator: Generator, z: Tensor, device: torch.device) -> Tensor:
-    """Return uint8 images (N, size, size, channels), on the CPU, for z, (N, latent)."""
-    generator.eval()  # batch norm by its running statistics
+    """Return uint8 images (N, size, size, channels), on the CPU, for z, (N, latent).
+
+    Sets the generator to evaluation mode: batch norm uses its running statistics.
+    """
+    generator.eval()
     images = torch.cat([generator(batch.to(device)).cpu() for batch in z.split(500)])
     return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte()  # undoes to_float()
 
@@ -364,7 +371,7 @@ def random_features(images: Tensor) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Return the squared Fréchet distance of the normal distributions fitted to features.
+    """Return the Fréchet distance, squared as in FID, of normal distributions fitted to features.
 
     a: (N, d), b: (M, d).
 
@@ -389,7 +396,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict:
     number of balls around a generated feature, over k. Coverage: the fraction of balls that have a
     generated feature in them, which is near 0 after mode collapse. Naeem et al., 2020.
     """
-    radius = torch.cdist(real, real).kthvalue(k + 1).values  # + 1: the nearest is itself
+    # The k-th neighbor is the (k + 1)-th nearest, since the nearest of all is the image itself.
+    radius = torch.cdist(real, real).kthvalue(min(k + 1, len(real))).values
     inside = torch.cdist(real, fake) < radius[:, None]  # (N, M)
     return {"density": inside.sum().item() / (k * len(fake)),
             "coverage": inside.any(1).double().mean().item()}
@@ -407,7 +415,8 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     """Measure the best generator on the test set; draw plots and images; write summary.json."""
     generator = load_generator(folder / "best.pt", device)
     samples = generate(generator, latent_vectors(5000, args.latent, args.seed + 1), device)
-    real = data.test[:min(5000, len(data.train))]  # as many as it is compared with
+    # No more than training images, so that both comparisons are of sets of the same size.
+    real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
     # The same metrics of training images show what a perfect generator would reach.
@@ -419,6 +428,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     image_dir = image_folder(args)
     save_grid(image_dir / "final.png", samples[:200], 20)
     save_grid(image_dir / "interpolation.png", interpolate(generator, args, device), 10)
+    # 20,000 training images fit into memory as floats.
     save_grid(image_dir / "nearest.png", nearest_images(samples[:10], data.train[:20000]), 9)
     save_animation(image_dir, history)
     print(f"\ntest set of {data.name}, weights of epoch {test['best_epoch']} (training images in "
@@ -439,12 +449,14 @@ def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> 
         "density, coverage": {"density": "density", "coverage": "coverage"},
         "gradient norm": {"discriminator": "discriminator_gradient_norm",
                           "generator": "generator_gradient_norm"}})
-    floor = frechet_distance(random_features(data.validation),
-                             random_features(data.train[:SAMPLES]))
     axis = axes["Fréchet distance"]
     axis.set_yscale("log")
-    axis.axhline(floor, color="black", linewidth=1, label="training to validation images")
-    axis.legend(fontsize=8)
+    # The distance depends on the number of images, so the floor needs as many as are generated.
+    if len(data.train) >= SAMPLES:
+        floor = frechet_distance(random_features(data.validation),
+                                 random_features(data.train[:SAMPLES]))
+        axis.axhline(floor, color="black", linewidth=1, label="training to validation images")
+        axis.legend(fontsize=8)
     common.save_figure(folder / "curves.png", figure)
 
 
@@ -461,8 +473,8 @@ def interpolate(generator: Generator, args: Namespace, device: torch.device) -> 
 
 
 def nearest_images(samples: Tensor, train: Tensor) -> Tensor:
-    """Return nine images for each sample: the sample, a blank one, and the seven training images
-    nearest to it in pixels.
+    """Return, for each sample, itself, a blank image, and the seven training images nearest to it
+    in pixels: uint8 (9 N, size, size, channels).
     """
     distances = torch.cdist(samples.flatten(1).float(), train.flatten(1).float())
     nearest = train[distances.topk(7, largest=False).indices]  # (N, 7, size, size, channels)
@@ -470,12 +482,10 @@ def nearest_images(samples: Tensor, train: Tensor) -> Tensor:
     return torch.cat([samples[:, None], blank[:, None], nearest], 1).flatten(0, 1)
 
 
-DEFAULT_OUT = "runs/gan"
-
-
 def image_folder(args: Namespace) -> Path:
     """Return images/, or the folder images in --out if that is not the default."""
-    return Path("images") if args.out == DEFAULT_OUT else Path(args.out, "images")
+    out = Path(args.out)
+    return Path("images") if out == Path("runs/gan") else out / "images"
 
 
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
@@ -510,7 +520,9 @@ def write_samples(args: Namespace, device: torch.device) -> None:
     generator = load_generator(Path(args.out, "best.pt"), device)
     folder = image_folder(args) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    images = generate(generator, latent_vectors(args.sample, generator.latent, args.seed), device)
+    # Not the seeds of training and evaluation, so these images are new ones.
+    z = latent_vectors(args.sample, generator.latent, args.seed + 2)
+    images = generate(generator, z, device)
     for i, image in enumerate(images.numpy()):
         path = folder / f"{i:05}.png"
         Image.fromarray(image.squeeze()).save(path)
@@ -521,7 +533,7 @@ def write_samples(args: Namespace, device: torch.device) -> None:
 
 
 def build_parser() -> common.ArgumentParser:
-    parser = common.option_parser("gan.py", __doc__, out=DEFAULT_OUT, epochs=None, batch_size=64,
+    parser = common.option_parser("gan.py", __doc__, out="runs/gan", epochs=None, batch_size=64,
                                   lr=5e-4, warmup=0.0, weight_decay=0.0, clip=10.0, patience=30)
     count = common.number(int, 1)
     decay = common.number(float, 0, 0.9999)
@@ -529,17 +541,16 @@ def build_parser() -> common.ArgumentParser:
     add("--data", default="auto",
         help="auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images")
     add("--size", type=common.number(int, 8), default=32,
-        help="side in pixels to which a folder's images are resized")
-    add("--gray", action="store_true", help="read a folder's images in grayscale")
+        help="side in pixels to which a folder's images are resized, a multiple of 4")
     add("--limit", type=common.number(int, 100),
-        help="use only LIMIT images, before validation images are taken")
+        help="use only LIMIT training images, or files of a folder, before validation images "
+             "(and a folder's test images) are taken")
     add("--latent", type=count, default=100, help="length of the latent vector")
     add("--width", type=count, default=64, help="channels at half the image's size")
-    add("--beta1", type=decay, default=0.5, help="beta1 of Adam, the decay of its mean gradient")
+    add("--beta1", type=decay, default=0.5, help="decay of AdamW's mean gradient")
     add("--r1", type=common.number(float, 0), default=0.2,
-        help="weight of the gradient penalty, gamma in the paper")
+        help="weight of the gradient penalty, gamma of Mescheder et al.")
     add("--ema", type=decay, default=0.998, help="decay of the average of the generator's weights")
-    add("--no-batch-norm", action="store_true", help="use no batch norm")
     add("--sample", type=count, help="generate SAMPLE images with best.pt")
     return parser
 
@@ -557,7 +568,7 @@ def main() -> None:
     args.checksum = zlib.crc32(data.train.numpy())
     # At most 60 epochs, and no more than about 540,000 images in all.
     args.epochs = args.epochs or min(60, math.ceil(540_000 / len(data.train)))
-    common.describe_sets(data.name, device, *map(len, data[1:]))
+    common.describe_sets(data.name, device, data.train, data.validation, data.test)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)
         if common.RANK == 0:

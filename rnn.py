@@ -29,7 +29,7 @@ import common
 # Every vocabulary begins with these three. END is also the first input of a decoder.
 SPECIAL = ["<pad>", "<unk>", "<end>"]
 PAD, UNKNOWN, END = range(3)
-LONGEST = 400  # tokens of a text that are read
+LONGEST = 400  # a longer text is cut to this many tokens
 
 # ---------------------------------------------------------------- Data
 
@@ -39,23 +39,25 @@ class SequenceSet(NamedTuple):
 
     inputs: Tensor  # int64 (N, longest): tokens, and PAD after the end of a sequence
     lengths: Tensor  # int64 (N,), always on the CPU
-    targets: Tensor  # int64 (N, 1): classes; or (N, longest + 1): tokens, then END, then PAD
+    # int64 (N, 1): classes; or (N, longest + 1): tokens, END, PAD, as many tokens as in the input.
+    targets: Tensor
 
 
 class Dataset(NamedTuple):
     task: str  # classify or generate
     checksum: int
     vocabulary: list  # the tokens
-    answers: list  # what the targets are numbers of: class names, or the vocabulary
+    answers: list  # what each target number stands for: class names, or the tokens
     train: SequenceSet
     validation: SequenceSet
     test: SequenceSet
 
 
 def temporal_order(count: int, seed: int) -> list:
-    """Return strings and their classes: noise, except for three X or Y, whose order is the class.
+    """Return strings of random letters, with an X or Y in three places, and their classes: the
+    order of those three.
 
-    Problem 6b of Hochreiter and Schmidhuber, 1997, in strings of 80 to 100 symbols.
+    Problem 6b of Hochreiter and Schmidhuber, 1997, with 80 to 100 symbols and without end marks.
     """
     rng = np.random.default_rng(seed)
     rows = []
@@ -83,17 +85,13 @@ def tokenize(texts: list, tokens: str) -> list:
 
     Texts of more than LONGEST tokens are cut, with a warning.
     """
-    sequences = []
-    for text in texts:
-        if tokens == "words":
-            sequences.append(tuple(re.findall(r"\w+|[^\w\s]", text.lower())))
-        else:
-            sequences.append(tuple(text))
-    cut = sum(len(sequence) > LONGEST for sequence in sequences)
+    if tokens == "words":
+        texts = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
+    cut = sum(len(text) > LONGEST for text in texts)
     if cut:
         common.warn(f"{cut} of {len(texts)} texts have more than {LONGEST} {tokens}; the rest of "
                     "each is not read")
-    return [sequence[:LONGEST] for sequence in sequences]
+    return [tuple(text[:LONGEST]) for text in texts]
 
 
 def build_vocabulary(sequences: list, tokens: str) -> list:
@@ -114,22 +112,20 @@ def encode(sequences: list, vocabulary: list) -> list:
     encoded = []
     for sequence in sequences:
         numbers = [number.get(token, UNKNOWN) for token in sequence]
-        encoded.append(torch.tensor(numbers or [UNKNOWN]))
+        encoded.append(torch.tensor(numbers or [UNKNOWN]))  # the model needs a last step
     return encoded
 
 
 def describe_classes(labels: list, training: list) -> list:
-    """Print the number of texts in each class and return the class names.
-
-    training: the indices of the training set.
-    """
+    """Print the number of texts in each class; return the classes. training: indices of labels."""
     counts = Counter(labels)
     classes = sorted(counts)
     print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes))
     missing = sorted(set(classes) - {labels[i] for i in training})
     if missing or len(classes) < 2:
-        raise common.UserError("--data: at least two classes are needed, and three different "
-                               f"texts in each; too few in: {', '.join(missing or classes)}")
+        raise common.UserError("--data: at least two classes are needed, and texts of each in the "
+                               "training set (three different ones suffice); too few are of "
+                               f"{', '.join(missing or classes)}")
     return classes
 
 
@@ -154,8 +150,9 @@ def load_data(args: Namespace, task: str) -> Dataset:
     else:
         names = vocabulary
         targets = pad_sequence(encode([[*answer, "<end>"] for answer in answers], names), True)
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    inputs = pad_sequence(encode(sequences, vocabulary), batch_first=True)
+    encoded = encode(sequences, vocabulary)
+    lengths = torch.tensor([len(numbers) for numbers in encoded])
+    inputs = pad_sequence(encoded, batch_first=True)
     sets = [SequenceSet(inputs[chosen], lengths[chosen], targets[chosen])
             for chosen in (training, tenths == 1, tenths == 0)]
     return Dataset(task, zlib.crc32(repr(rows).encode()), vocabulary, names, *sets)
@@ -164,14 +161,18 @@ def load_data(args: Namespace, task: str) -> Dataset:
 def groups(task: str, lengths: Tensor) -> list:
     """Return the indices of sequences that may be in one batch, one tensor per group."""
     if task == "classify":
-        # All, sorted by length, so that measure() pads little. Padding comes after the step used.
+        # All of them: padding comes after the step that is used. Sorted, so that measure() pads
+        # little.
         return [lengths.argsort()]
     # Those of equal length, so that the encoder's last state is after the last token of each.
     return [torch.where(lengths == length)[0] for length in lengths.unique()]
 
 
-def shuffled_batches(data: Dataset, args: Namespace, epoch: int) -> list:
-    """Return the indices of each batch of an epoch, in random order."""
+def epoch_batches(data: Dataset, args: Namespace, epoch: int) -> list:
+    """Return the indices of each batch of an epoch, in random order.
+
+    The last, incomplete batch of each group is dropped.
+    """
     batches = []
     for i, group in enumerate(groups(data.task, data.train.lengths)):
         chosen = common.shuffled_batches(len(group), args.batch_size, args.seed, epoch, i)
@@ -185,7 +186,7 @@ def get_batch(sequences: SequenceSet, indices: Tensor, device: torch.device) -> 
     lengths = sequences.lengths[indices]
     longest = lengths.max()
     return SequenceSet(sequences.inputs[indices, :longest].to(device), lengths,
-                       sequences.targets[indices, :longest + 1].to(device))
+                       sequences.targets[indices, :longest + 1].to(device))  # + 1 for END
 
 
 # ---------------------------------------------------------------- Model
@@ -205,10 +206,11 @@ class Recurrent:
     """
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple:
+        is_lstm = self.mode == "LSTM"
         if state is None:
             zeros = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
-            state = (zeros, zeros) if self.mode == "LSTM" else zeros
-        parts = state if self.mode == "LSTM" else (state,)
+            state = (zeros, zeros) if is_lstm else zeros
+        parts = state if is_lstm else (state,)
         x = inputs
         last = []
         self.trace = []  # the states and gates of each layer and step, for plots
@@ -227,7 +229,7 @@ class Recurrent:
             last.append(now)
             self.trace.append(steps)
         final = tuple(torch.stack(part) for part in zip(*last))  # (layers, N, H) each
-        return x, final if self.mode == "LSTM" else final[0]
+        return x, final if is_lstm else final[0]
 
 
 class RNN(Recurrent, nn.RNN):
@@ -257,7 +259,7 @@ class GRU(Recurrent, nn.GRU):
     """Gated recurrent unit (Cho et al., 2014), with the reset gate after the product with W_hn."""
 
     def step(self, from_input: Tensor, from_state: Tensor, state: list) -> tuple:
-        hidden, = state
+        [hidden] = state
         x_r, x_z, x_n = from_input.chunk(3, dim=1)  # (N, H) each
         h_r, h_z, h_n = from_state.chunk(3, dim=1)
         r = torch.sigmoid(x_r + h_r)  # reset gate
@@ -293,13 +295,13 @@ class RNNClassifier(nn.Module):
     """Embedding, recurrent layers, the hidden state of the last step, batch norm, linear layer.
 
     inputs: int64 (N, T), padded at the end; lengths: int64 (N,). Returns float (N, answers).
-    `recurrent` are arguments of make_layers(); what only Seq2Seq needs is not used.
+    `recurrent`: arguments of make_layers(). Arguments that only Seq2Seq needs are ignored.
     """
 
-    def __init__(self, tokens: int, answers: int, hidden: int = 64, dropout: float = 0.0,
+    def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
-        self.embedding = nn.Embedding(tokens, hidden)
+        self.embedding = nn.Embedding(vocabulary_size, hidden)
         self.layers = make_layers(hidden, dropout, **recurrent)
         self.batch_norm = nn.BatchNorm1d(hidden)
         self.dropout = nn.Dropout(dropout)
@@ -318,13 +320,13 @@ class Seq2Seq(nn.Module):
 
     inputs: int64 (N, S), all of one length; targets: int64 (N, T). Returns float (N, T, answers).
     The decoder is fed the true token with probability `teacher_forcing`, else the one that it
-    predicted (scheduled sampling, Bengio et al., 2015). With 0, of targets only T matters.
+    predicted (scheduled sampling, Bengio et al., 2015). With 0, only the number of targets matters.
     """
 
-    def __init__(self, tokens: int, answers: int, hidden: int = 64, dropout: float = 0.0,
+    def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
-        self.embedding = nn.Embedding(tokens, hidden)
+        self.embedding = nn.Embedding(vocabulary_size, hidden)
         self.encoder = make_layers(hidden, dropout, **recurrent)
         self.decoder = make_layers(hidden, dropout, **recurrent)
         self.dropout = nn.Dropout(dropout)
@@ -375,50 +377,47 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
     """Train a cell on a task; keep its last and its best epoch in `folder`. Return the history."""
     # All cells begin with the same seed, and see the same batches.
     torch.manual_seed(args.seed)
-    options = {"tokens": len(data.vocabulary), "answers": len(data.answers), "hidden": args.hidden,
-               "dropout": args.dropout, "cell": cell, "backend": args.backend,
-               "layers": args.layers, "chrono_max": args.chrono_max}
+    options = {"vocabulary_size": len(data.vocabulary), "answers": len(data.answers),
+               "hidden": args.hidden, "dropout": args.dropout, "cell": cell,
+               "backend": args.backend, "layers": args.layers, "chrono_max": args.chrono_max}
     model = MODELS[data.task](**options).to(device)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                   **common.FUSED)
-    scheduler = common.make_scheduler(optimizer, args, len(shuffled_batches(data, args, 0)))
+    steps = len(epoch_batches(data, args, 0))
+    scheduler = common.make_scheduler(optimizer, args, steps)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = []
     if args.resume and (folder / "last.pt").is_file():
-        history = common.resume(folder, args, state)
-    ddp_model = common.data_parallel(model, args, device)
-    autocast = common.autocast(args.precision, device, large=False)
+        history = common.load_last(folder, args, state)
+    ddp_model = common.wrap_model(model, args, device)
+    autocast = common.autocast(args.precision, device, cpu_gains=False)
     folder.mkdir(exist_ok=True)
 
-    for epoch in common.epochs(args, history, score):
+    for epoch in common.epochs_to_train(args, history, score):
         start = time.perf_counter()
         model.train()
-        means = common.RunningMeans()
-        teacher_forcing = args.teacher_forcing
-        if args.decay_teacher_forcing:
-            # Linearly, to 0 in the last epoch.
-            teacher_forcing *= 1 - (epoch - 1) / max(1, args.epochs - 1)
-        name = f"{data.task} {cell:4} epoch {epoch:2}/{args.epochs}"
-        for indices in common.progress_bar(shuffled_batches(data, args, epoch), name):
+        metrics = []
+        label = f"{data.task} {cell:4} epoch {epoch:2}/{args.epochs}"
+        for indices in common.progress_bar(epoch_batches(data, args, epoch), label):
             batch = get_batch(data.train, indices, device)
             with autocast:
-                logits = ddp_model(*batch, teacher_forcing)  # (N, answers) or (N, T, answers)
+                logits = ddp_model(*batch, args.teacher_forcing)  # (N, answers), (N, T, answers)
             loss = cross_entropy(logits.float(), batch.targets)
             optimizer.zero_grad()
             loss.backward()
             norm = common.clip_gradients(model, args.clip)
             optimizer.step()
             scheduler.step()
-            means.update(train_loss=loss, gradient_norm=norm, clipped=norm > args.clip)
-        validation = common.on_first(measure, model, data.task, data.validation, device)
-        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0],
-               "teacher_forcing": teacher_forcing, **means.compute(),
+            metrics.append({"train_loss": loss.detach(), "gradient_norm": norm,
+                            "clipped": norm > args.clip})
+        validation = common.on_first_process(measure, model, data.task, data.validation, device)
+        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **common.means(metrics),
                "validation_loss": validation["loss"],
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
         history.append(row)
-        print("{name}  training {train_loss:.3f}  validation {validation_loss:.3f}, "
-              "{validation_accuracy:.2%}  {seconds:.1f} s".format(name=name, **row), flush=True)
+        print("{label}  training {train_loss:.3f}  validation {validation_loss:.3f}, "
+              "{validation_accuracy:.2%}  {seconds:.1f} s".format(label=label, **row), flush=True)
         best = None
         if common.epochs_since_best(history, score) == 0:
             best = {"model": model.state_dict(), "options": options, "task": data.task,
@@ -429,7 +428,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
 
 # ---------------------------------------------------------------- Evaluation and plots
 
-# The cells that can be compared, each with its line style.
+# The line style of each cell.
 STYLES = {"lstm": "C0-", "gru": "C1--", "rnn": "C2:"}
 
 
@@ -441,15 +440,15 @@ def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.d
     model.eval()  # batch norm by its running statistics, no dropout
     loss = 0.0
     count = 0
-    predicted = sequences.targets.clone()  # so that the padding of targets is no mistake
+    predicted = sequences.targets.clone()  # equal in the padding, which is no mistake
     for group in groups(task, sequences.lengths):
         for indices in group.split(500):
             batch = get_batch(sequences, indices, device)
             logits = model(*batch, 0.0)
             loss += cross_entropy(logits, batch.targets, reduction="sum").item()
             count += batch.targets.numel()
-            best = logits.argmax(-1).view(batch.targets.shape)
-            predicted[indices, :best.shape[1]] = best.cpu()
+            likeliest = logits.argmax(-1).view(batch.targets.shape)
+            predicted[indices, :likeliest.shape[1]] = likeliest.cpu()
     mistakes = predicted != sequences.targets
     return {"loss": loss / count, "predicted": predicted,
             "accuracy": 1 - mistakes.any(1).double().mean().item(),
@@ -457,7 +456,7 @@ def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.d
 
 
 def load_model(path: Path, device: torch.device) -> tuple:
-    """Load a model, and the checkpoint that it is in."""
+    """Return the model saved at `path`, and its checkpoint."""
     checkpoint = common.load_checkpoint(path, "rnn.py")
     model = MODELS[checkpoint["task"]](**checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
@@ -492,11 +491,11 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
     plot_cells(folder / f"{data.task}.png", title, accuracies, xlabel="epoch",
                ylabel="fraction correct (validation)", ylim=(0, 1.02))
     if data.task == "classify":
-        look_inside(data, histories, folder, args.seed, title)
+        look_inside(data, list(histories), folder, args.seed, title)
     return results
 
 
-def plot_cells(path: Path, title: str, curves: dict, rotation: int = 0, **labels: Any) -> None:
+def plot_cells(path: Path, title: str, curves: dict, **labels: Any) -> None:
     """Plot {name: values at 1, 2, ...}, a curve each. The first word of a name is the cell."""
     figure, ((axis,),) = common.new_figure(1, 1, (10, 4), title)
     # A line style for each cell: one curve on top of another hides nothing.
@@ -505,26 +504,27 @@ def plot_cells(path: Path, title: str, curves: dict, rotation: int = 0, **labels
         alpha = 0.4 if "untrained" in name else 1
         axis.plot(range(1, len(values) + 1), values, style, alpha=alpha, label=name)
     axis.set(**labels)
-    axis.tick_params(axis="x", rotation=rotation)
+    if "xticklabels" in labels:
+        axis.tick_params(axis="x", rotation=90)
     axis.grid(alpha=0.3)
     axis.legend()
     common.save_figure(path, figure)
 
 
-def look_inside(data: Dataset, cells: dict, folder: Path, seed: int, title: str) -> None:
-    """Plot how far back gradients reach, and what a gate does while it reads a text."""
+def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str) -> None:
+    """Plot how far back gradients reach, and how far the gate that keeps is open at each token."""
     lengths = data.test.lengths
     # Equally long ones, so without padding; a hundred are enough.
     longest = torch.where(lengths == lengths.max())[0][:100]
     inputs, _, targets = get_batch(data.test, longest, "cpu")
-    # A text of about 60 tokens, which fit side by side below a plot.
+    # The text whose length is nearest to 60 tokens, which fit side by side below a plot.
     chosen = (lengths - 60).abs().argmin()
     text = data.test.inputs[chosen, :lengths[chosen]]  # (T,)
     norms = {}
     gates = {}
     for cell in cells:
         checkpoint = common.load_checkpoint(folder / f"classify-{cell}/best.pt", "rnn.py")
-        # All cells alike, with the weights that their training began with, and the best ones.
+        # Created as in train(), so with the initial weights of the training; then the best ones.
         torch.manual_seed(seed)
         model = RNNClassifier(**{**checkpoint["options"], "backend": "scratch"}).double().eval()
         norms[f"{cell} untrained"] = gradient_norms(model, inputs, targets)
@@ -532,31 +532,28 @@ def look_inside(data: Dataset, cells: dict, folder: Path, seed: int, title: str)
         norms[f"{cell} trained"] = gradient_norms(model, inputs, targets)
         if cell != "rnn":
             model(text[None], lengths[chosen, None])
-            gate = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
-            gates[f"{cell} gate"] = gate.mean(1).detach()
+            opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
+            gates[f"{cell} gate"] = opened.mean(1).detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")
-    names = [common.plain(data.vocabulary[i]) for i in text]
-    rotation = 90 if max(map(len, names)) > 2 else 0
+    names = [common.escape_dollars(data.vocabulary[i]) for i in text]
     if gates:
-        plot_cells(folder / "gates.png", title, gates, rotation, xticks=range(1, len(text) + 1),
-                   xticklabels=names, ylabel="LSTM's forget, GRU's update gate (mean)")
+        plot_cells(folder / "gates.png", title, gates, xticks=range(1, len(text) + 1),
+                   xticklabels=names, ylabel="forget or update gate (mean of layer 1)")
 
 
 def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the norm of the gradient of the loss with respect to the first layer's state, 1 to
-    T - 1 steps before the end, relative to that at the end: (T - 1,), a mean over sequences.
+    """Return the norm of the gradient of the loss with respect to what the first layer carries on,
+    the LSTM's cell or else the hidden state, 1 to T - 1 steps before the end, relative to that at
+    the end: (T - 1,), a mean over sequences.
 
     The model has backend scratch. inputs: int64 (N, T), without padding; targets: int64 (N, 1).
     """
     lengths = torch.full((len(inputs),), inputs.shape[1])
     loss = cross_entropy(model(inputs, lengths), targets, reduction="sum")
-    squares = []
-    # The hidden states of all steps; then, of the LSTM, the cells.
-    for states in zip(*[state for state, _ in model.layers.trace[0]]):
-        gradients = torch.autograd.grad(loss, states, retain_graph=True)  # T times (N, H)
-        squares.append(torch.stack(gradients).pow(2).sum(2))  # (T, N)
-    norms = sum(squares).sqrt().mean(1)  # (T,)
+    states = [state[-1] for state, _ in model.layers.trace[0]]  # T times (N, H)
+    gradients = torch.stack(torch.autograd.grad(loss, states))  # (T, N, H)
+    norms = gradients.norm(dim=2).mean(1)  # (T,)
     return (norms / norms[-1]).flip(0)[1:]
 
 
@@ -564,10 +561,11 @@ def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Ten
 def predict(args: Namespace, device: torch.device) -> None:
     """Print `text <tab> class <tab> probability` for each text of --predict."""
     # Of the classifiers in --out, the one with the best validation accuracy.
-    paths = [Path(args.out, f"classify-{cell}", "best.pt") for cell in args.cells or STYLES]
+    paths = [Path(args.out, f"classify-{cell}/best.pt") for cell in args.cells or STYLES]
     found = [path for path in paths if path.is_file()]
-    models = [load_model(path, device) for path in found or paths]
-    model, checkpoint = max(models, key=lambda pair: score(pair[1]["metrics"]))
+    loaded = [load_model(path, device) for path in found or paths]
+    # "metrics" is the row of the history that save_epoch() puts into best.pt.
+    model, checkpoint = max(loaded, key=lambda pair: score(pair[1]["metrics"]))
     texts = [common.normalize(text) for text in common.prediction_inputs(args.predict)]
     sequences = tokenize(texts, checkpoint["tokens"])
     unknown = sorted(set().union(*sequences).difference(checkpoint["vocabulary"]))
@@ -583,6 +581,7 @@ def predict(args: Namespace, device: torch.device) -> None:
 
 
 def build_parser() -> common.ArgumentParser:
+    # Each training has a subfolder for its checkpoints, such as classify-lstm.
     parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", subfolder="*-*", epochs=10,
                                   batch_size=128, lr=5e-3, warmup=0.1, weight_decay=0.01, clip=1.0,
                                   patience=5)
@@ -605,8 +604,6 @@ def build_parser() -> common.ArgumentParser:
         help="longest initial time scale of a unit, in steps (chrono initialization)")
     add("--teacher-forcing", type=probability, default=1.0,
         help="probability that a decoder is fed the true token, not the one it predicted")
-    add("--decay-teacher-forcing", action="store_true",
-        help="lower that probability linearly, to 0 in the last epoch")
     add("--predict", nargs="+", help="texts to classify; - reads them from stdin")
     return parser
 
@@ -636,9 +633,9 @@ def main() -> None:
     rows = []
     with common.run_folder(args) as folder:
         for data in datasets:
-            args.checksum = data.checksum
-            common.describe_sets(f"{data.task} on {args.data}", device, len(data.train.lengths),
-                                 len(data.validation.lengths), len(data.test.lengths))
+            args.checksum = data.checksum  # load_last() refuses other data
+            common.describe_sets(f"{data.task} on {args.data}", device, data.train.lengths,
+                                 data.validation.lengths, data.test.lengths)
             histories = {}
             for cell in cells[data.task]:
                 histories[cell] = train(args, data, cell, folder / f"{data.task}-{cell}", device)

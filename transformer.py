@@ -29,7 +29,7 @@ import common
 
 # The special tokens, first in each vocabulary: padding, end and begin of a sequence, unknown token.
 PAD, EOS, BOS, UNK = range(4)
-# The separator between the tokens of a text.
+# The kinds of tokens, and what separates them in a text.
 SEPARATORS = {"chars": "", "words": " "}
 
 # ---------------------------------------------------------------- Data
@@ -54,7 +54,7 @@ TASKS = {
 
 def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> list:
     """Return `count` pairs of texts (source, target), no source twice. A source has `low` to `high`
-    random letters; for `add`, two numbers of so many digits each.
+    random letters; for `add`, two numbers with equally many digits.
     """
     rng = random.Random(seed)
     sources = set()
@@ -81,7 +81,7 @@ class Vocabulary:
 
     def __init__(self, tokens: list):
         self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]
-        self.ids = {token: number for number, token in enumerate(tokens, UNK + 1)}
+        self.ids = {token: i for i, token in enumerate(tokens, UNK + 1)}
 
     def encode(self, rows: list, device: torch.device) -> Tensor:
         """Append <eos> to each row of tokens and pad with <pad>: int64 (N, longest row + 1)."""
@@ -94,7 +94,7 @@ class Vocabulary:
     def decode(self, ids: list) -> tuple:
         """Return the tokens before the first <eos>, or all if there is none."""
         end = [*ids, EOS].index(EOS)
-        return tuple(self.tokens[number] for number in ids[:end])
+        return tuple(self.tokens[i] for i in ids[:end])
 
 
 class Dataset(NamedTuple):
@@ -109,7 +109,7 @@ class Dataset(NamedTuple):
 
 
 def load_data(args: Namespace) -> Dataset:
-    """Make or read the pairs of --data; a tenth of the sources each is for validation and test.
+    """Make or read the pairs of --data; a tenth of the sources is for validation, another for test.
 
     Raises UserError if there are fewer than 10 sources, or if a pair is too long.
     """
@@ -131,12 +131,11 @@ def load_data(args: Namespace) -> Dataset:
         example = table[lengths.index(longest)][0][:50]
         raise common.UserError(f"--data {args.data}: the source or target of {example} has "
                                f"{longest} tokens; shorten it, or raise --max-length")
-    # Part 0 is for validation, 1 for the test. Equal sources are in the same part.
-    parts = common.split_tenths(sources, [0] * len(sources), args.seed).tolist()
-    sets = [], [], []  # validation, test, training
-    for pair, part in zip(pairs, parts):
-        sets[min(part, 2)].append(pair)
-    validation, test, train = sets
+    # Equal sources are in the same tenth. There are no classes to spread, so all are one group.
+    tenths = common.split_tenths(sources, [0] * len(sources), args.seed).tolist()
+    validation = [pair for pair, tenth in zip(pairs, tenths) if tenth == 0]
+    test = [pair for pair, tenth in zip(pairs, tenths) if tenth == 1]
+    train = [pair for pair, tenth in zip(pairs, tenths) if tenth > 1]
     tokens = set()
     for source, target in train:
         tokens.update(source, target)
@@ -151,6 +150,7 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    # Splitting evenly may halve a batch; even then each process gets a pair of it.
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
@@ -188,17 +188,17 @@ class MultiHeadAttention(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
-        """Return two tensors (N, heads, S, d_k), with a cache those of all calls so far."""
+        """Return keys and values (N, heads, S, d_k) of memory, with a cache after those of earlier
+        calls. So cross-attention passes its memory once, and then None.
+        """
         if memory is None:  # they are all in the cache
             return cache[self]
-        key = self.split_heads(self.key(memory))
-        value = self.split_heads(self.value(memory))
+        both = self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
         if cache is not None:
             if self in cache:
-                key = torch.cat([cache[self][0], key], dim=2)
-                value = torch.cat([cache[self][1], value], dim=2)
-            cache[self] = key, value
-        return key, value
+                both = tuple(torch.cat(parts, dim=2) for parts in zip(cache[self], both))
+            cache[self] = both
+        return both
 
     def forward(self, x: Tensor, memory: Tensor | None, mask: Tensor,
                 cache: dict | None = None) -> Tensor:
@@ -212,10 +212,10 @@ class MultiHeadAttention(nn.Module):
         query = self.split_heads(self.query(x))  # (N, heads, T, d_k)
         key, value = self.keys_and_values(memory, cache)  # (N, heads, S, d_k)
         # 2) Attention, for all heads at once.
-        x, weights = attention(query, key, value, mask)  # (N, heads, T, d_k)
-        self.attention_weights = weights.detach()  # for draw_attention()
+        y, weights = attention(query, key, value, mask)  # (N, heads, T, d_k)
+        self.attention_weights = weights[0].detach().clone()  # of one example, for a plot
         # 3) Concatenate the heads, and project.
-        return self.output(x.transpose(1, 2).flatten(2))  # (N, T, d_model)
+        return self.output(y.transpose(1, 2).flatten(2))  # (N, T, d_model)
 
 
 class FeedForward(nn.Sequential):
@@ -231,7 +231,7 @@ class FeedForward(nn.Sequential):
 class EncoderLayer(nn.Module):
     """Self-attention and feed-forward: (N, S, d_model) -> (N, S, d_model).
 
-    Layer norm comes before each sublayer (Xiong et al., 2020); in the paper, after each sum.
+    Layer norm comes before each sublayer (Xiong et al., 2020); in Vaswani et al., after each sum.
     """
 
     def __init__(self, d_model: int, heads: int, d_ff: int, dropout: float):
@@ -270,7 +270,7 @@ class DecoderLayer(nn.Module):
 
 
 def sinusoidal_positions(length: int, d_model: int) -> Tensor:
-    """Return (length, d_model): sines and cosines of wavelengths from 2 pi to 10000 * 2 pi."""
+    """Return (length, d_model): sines and cosines, wavelengths from 2 pi to nearly 10000 * 2 pi."""
     exponents = torch.arange(0, d_model, 2) / d_model
     angles = torch.arange(length)[:, None] / 10000**exponents  # (length, d_model / 2)
     waves = torch.stack([angles.sin(), angles.cos()], dim=2)  # (length, d_model / 2, 2)
@@ -281,14 +281,15 @@ class Transformer(nn.Module):
     """Encoder and decoder, with one table of embeddings for source, target and output.
 
     source: int64 (N, S); target_input: int64 (N, T), which begins with <bos>; both of at most
-    max_length tokens -> logits: float (N, T, vocabulary), at t for what follows target_input[:, t].
+    max_length tokens -> logits: float (N, T, vocabulary); those at t are for the token that follows
+    target_input[:, t].
     """
 
-    def __init__(self, vocabulary: int, max_length: int = 100, d_model: int = 64, heads: int = 4,
-                 layers: int = 2, d_ff: int = 256, dropout: float = 0.0):
+    def __init__(self, vocabulary_size: int, max_length: int = 100, d_model: int = 64,
+                 heads: int = 4, layers: int = 2, d_ff: int = 256, dropout: float = 0.0):
         super().__init__()
         sizes = (d_model, heads, d_ff, dropout)
-        self.embedding = nn.Embedding(vocabulary, d_model)
+        self.embedding = nn.Embedding(vocabulary_size, d_model)
         self.register_buffer("positions", sinusoidal_positions(max_length, d_model),
                              persistent=False)
         self.dropout = nn.Dropout(dropout)
@@ -321,11 +322,10 @@ class Transformer(nn.Module):
 
         With a cache, target_input continues the `start` tokens of earlier calls.
         """
-        length = target_input.shape[1]
-        # Position t attends to positions 0 to t, and predicts the token at t + 1.
-        ones = torch.ones(length, start + length, device=target_input.device)
-        causal_mask = ones.tril(start).bool()  # (T, start + T)
         x = self.embed(target_input, start)
+        # Position t attends to positions 0 to t, and predicts the token at t + 1.
+        places = torch.arange(start + target_input.shape[1], device=x.device)
+        causal_mask = places <= places[start:, None]  # (T, start + T)
         for layer in self.decoder:
             x = layer(x, memory, causal_mask, source_mask, cache)
         return F.linear(self.decoder_norm(x), self.embedding.weight)
@@ -336,12 +336,12 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
-    """Write a target for each source token by token, keeping the `beam` most probable hypotheses;
-    a beam of 1 is greedy decoding. source: int64 (N, S) -> the best targets, int64 (N, T), with
-    <pad> after <eos>, and their log-probabilities, float (N,).
+    """Write targets token by token, keeping the `beam` most probable hypotheses of each source; a
+    beam of 1 is greedy decoding. source: int64 (N, S) -> the best targets, int64 (N, T), with <pad>
+    after <eos>, and their log-probabilities, float (N,).
     """
     # Each hypothesis has a row: there are N * beam rows, and those of a source are side by side.
-    memory, source_mask = model.encode(source.repeat_interleave(beam, dim=0))
+    memory, source_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(source))
     first_row = torch.arange(0, len(memory), beam, device=source.device).unsqueeze(1)
     vocabulary_size = len(model.embedding.weight)
     tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
@@ -352,8 +352,8 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
         log_probabilities = F.log_softmax(logits[:, 0], dim=1)  # (N * beam, vocabulary)
         # A hypothesis that has ended continues with <pad>, at no cost; no other one does.
-        ended = tokens[:, -1] <= EOS
-        log_probabilities[:, PAD] = -math.inf
+        ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
+        log_probabilities[:, [PAD, BOS]] = -math.inf
         log_probabilities[ended] = -math.inf
         log_probabilities[ended, PAD] = 0
         # Rank all continuations of a source, numbered hypothesis * vocabulary_size + token.
@@ -401,8 +401,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     """Train a Transformer; keep its last and its best epoch in `folder`. Returns the history."""
     torch.manual_seed(args.seed)
     options = {
-        "vocabulary": len(data.vocabulary.tokens),
-        "max_length": 2 * data.longest + 1,  # room for longer predictions, and for <eos>
+        "vocabulary_size": len(data.vocabulary.tokens),
+        "max_length": 2 * data.longest + 1,  # room for longer texts to predict, and for <eos>
         "d_model": args.d_model,
         "heads": args.heads,
         "layers": args.layers,
@@ -415,14 +415,14 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                                   betas=(0.9, 0.98), **common.FUSED)
     scheduler = common.make_scheduler(optimizer, args, steps)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = common.resume(folder, args, state) if args.resume else []
-    ddp_model = common.data_parallel(model, args, device)
-    autocast = common.autocast(args.precision, device, large=False)
+    history = common.load_last(folder, args, state) if args.resume else []
+    ddp_model = common.wrap_model(model, args, device)
+    autocast = common.autocast(args.precision, device, cpu_gains=False)
 
-    for epoch in common.epochs(args, history, score):
+    for epoch in common.epochs_to_train(args, history, score):
         start = time.perf_counter()
         model.train()
-        means = common.RunningMeans()
+        metrics = []
         batches = similar_length_batches(data.train, args.batch_size, args.seed, epoch)
         for indices in common.progress_bar(batches, f"epoch {epoch}/{args.epochs}"):
             sources, targets = zip(*(data.train[i] for i in indices))
@@ -443,19 +443,20 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             optimizer.step()
             scheduler.step()
             accuracy = (logits.argmax(1) == labels).float().mean()
-            means.update(train_loss=loss, train_token_accuracy=accuracy, gradient_norm=norm,
-                         clipped=norm > args.clip)
+            metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
+                            "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Early stopping and the choice of the best epoch look at the validation set alone.
-        validation = common.on_first(measure, model, data.vocabulary, data.validation, device)
-        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **means.compute(),
+        # By greedy decoding, which is faster than beam search.
+        validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
+                                             device)
+        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **common.means(metrics),
                **{f"validation_{name}": value for name, value in validation.items()},
                "seconds": time.perf_counter() - start}
         history.append(row)
         print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}  validation "
               "{validation_loss:.3f}, exact match {validation_exact_match:.1%}  "
               "{seconds:.1f} s".format(epochs=args.epochs, **row), flush=True)
-        best = None
+        best = None  # the best epoch is chosen by the validation set only
         if common.epochs_since_best(history, score) == 0:
             best = {"model": model.state_dict(), "options": options,
                     "tokens": data.vocabulary.tokens[UNK + 1:],
@@ -470,7 +471,6 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
                   device: torch.device, beam: int = 1) -> list:
     """Return (target tokens, probability) for each source's tokens, as the model writes them."""
-    model.eval()
     written = []
     for start in common.progress_bar(range(0, len(sources), 500), "decoding"):
         source = vocabulary.encode(sources[start:start + 500], device)
@@ -495,8 +495,9 @@ def edit_distance(a: tuple, b: tuple) -> int:
 @torch.no_grad()
 def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: torch.device,
             beam: int = 1) -> dict:
-    """Return loss and token accuracy under teacher forcing; exact match and error rate (edit
-    distance / length) of what the model writes by itself, against the nearest target of a source.
+    """Return loss and token accuracy under teacher forcing, and exact match and error rate (edit
+    distance / length) of what the model writes by itself, compared with the nearest of a source's
+    targets.
     """
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # for batches with little padding
@@ -531,8 +532,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     # The test set is used only here.
     test = measure(model, vocabulary, data.test, device, args.beam)
     if args.beam > 1:
-        greedy = measure(model, vocabulary, data.test, device)
-        test["greedy_exact_match"] = greedy["exact_match"]
+        test["greedy"] = measure(model, vocabulary, data.test, device)
     test["best_epoch"] = checkpoint["metrics"]["epoch"]
     common.write_summary(folder, args, history, test)
     print("test: exact match {exact_match:.2%}, error rate {error_rate:.2%}, token accuracy "
@@ -550,14 +550,16 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
 
 def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
                    device: torch.device, title: str) -> None:
-    """Plot the cross-attention of the last decoder layer under teacher forcing, for 20 tokens."""
+    """Plot the cross-attention of the last decoder layer under teacher forcing, for the first 20
+    tokens of source and target.
+    """
     source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
     with torch.no_grad():
         model(source, shift_right(target))
-    weights = model.decoder[-1].cross_attention.attention_weights[0].cpu()  # (heads, T, S)
-    read = [common.plain(vocabulary.tokens[number]) for number in source[0]]
-    written = [common.plain(vocabulary.tokens[number]) for number in target[0]]
-    columns = min(2, len(weights))
+    weights = model.decoder[-1].cross_attention.attention_weights.cpu()  # (heads, T, S)
+    read = [common.escape_dollars(vocabulary.tokens[i]) for i in source[0]]
+    written = [common.escape_dollars(vocabulary.tokens[i]) for i in target[0]]
+    columns = 2 - len(weights) % 2
     rows = math.ceil(len(weights) / columns)
     figure, axes = common.new_figure(rows, columns, (8.3, 4 * rows), f"{title}: cross-attention")
     for head, axis in zip(weights, axes.flat):
@@ -573,7 +575,7 @@ def load_model(path: Path, device: torch.device) -> tuple:
     checkpoint = common.load_checkpoint(path, "transformer.py")
     model = Transformer(**checkpoint["options"])
     model.load_state_dict(checkpoint["model"])
-    return model.to(device), Vocabulary(checkpoint["tokens"]), checkpoint
+    return model.to(device).eval(), Vocabulary(checkpoint["tokens"]), checkpoint
 
 
 def predict(args: Namespace, device: torch.device) -> None:
@@ -631,7 +633,7 @@ def main() -> None:
         return
     data = load_data(args)
     args.checksum = zlib.crc32(repr(data.train).encode())
-    common.describe_sets(data.name, device, len(data.train), len(data.validation), len(data.test))
+    common.describe_sets(data.name, device, data.train, data.validation, data.test)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)
         if common.RANK == 0:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Arc
 
 import draw
 
@@ -34,7 +35,66 @@ def gate(axis, x, function, name, color=draw.BLUE):
     text(axis, x - 0.16, 1.62, name, 12)
 
 
-# ---------------------------------------------------------------- The two cells
+# ---------------------------------------------------------------- Unrolling, and the two cells
+
+
+def unrolled():
+    """The plain network as a loop, and as one layer per step."""
+    figure, axis = draw.new(8.3, 3.3)
+    draw.box(axis, 0.6, 1.5, 0.9, 0.6, "tanh", draw.GREEN)
+    draw.arrow(axis, (0.6, 0.55), (0.6, 1.2))
+    text(axis, 0.6, 0.35, "$x_t$", 13)
+    text(axis, 0.22, 0.85, "$W_{ih}$", 11)
+    draw.arrow(axis, (0.6, 1.8), (0.6, 2.45))
+    text(axis, 0.6, 2.65, "$h_t$", 13)
+    line(axis, (0.6, 2.1), (1.4, 2.1), (1.4, 1.5))
+    draw.arrow(axis, (1.4, 1.5), (1.05, 1.5))
+    text(axis, 1.48, 1.75, "$W_{hh}$", 11, align="left")
+    text(axis, 2.35, 1.5, "=", 20)
+    places = (3.7, 5.1, 6.5, 7.9)
+    text(axis, 2.75, 1.5, "$h_0$", 13)
+    draw.arrow(axis, (2.92, 1.5), (3.25, 1.5))
+    for step, x in enumerate(places, 1):
+        draw.box(axis, x, 1.5, 0.9, 0.6, "tanh", draw.GREEN)
+        draw.arrow(axis, (x, 0.55), (x, 1.2))
+        text(axis, x, 0.35, f"$x_{step}$", 13)
+        text(axis, x - 0.38, 0.85, "$W_{ih}$", 11)
+        draw.arrow(axis, (x, 1.8), (x, 2.45))
+        text(axis, x, 2.65, f"$h_{step}$", 13)
+        if step < 4:
+            draw.arrow(axis, (x + 0.45, 1.5), (x + 0.95, 1.5))
+            text(axis, x + 0.7, 1.72, "$W_{hh}$", 11)
+            draw.arrow(axis, (x + 0.95, 1.3), (x + 0.45, 1.3), color=STRONG, dashed=True)
+    text(axis, 5.8, -0.05, "dashed: the gradient on its way back", 10, STRONG)
+    axis.set(xlim=(-0.1, 8.6), ylim=(-0.2, 2.85))
+    draw.save(figure, "rnn_unrolled")
+
+
+def memory():
+    """One unit that writes at X, keeps through noise, and shows at Y."""
+    figure, axis = draw.new(8.3, 3.7)
+    steps = (("X", "write", ("0.98", "0.98", "0.96", "0.02"), "0.947", "0.013"),
+             ("a", "keep", ("0.02", "0.98", "0", "0.02"), "0.930", "0.013"),
+             ("Y", "show", ("0.02", "0.98", "0", "0.98"), "0.913", "0.710"))
+    line(axis, (0.6, 2.6), (7.9, 2.6), width=3)
+    text(axis, 0.25, 2.6, "$c_0=0$", 13, align="right")
+    for row, name in enumerate(("input gate i", "forget gate f", "candidate g", "output gate o")):
+        text(axis, 0.25, 1.75 - 0.36 * row, name, 11, align="right")
+    text(axis, 0.25, -0.15, "letter", 11, align="right")
+    text(axis, 0.25, 3.4, "shown", 11, align="right")
+    for (letter, what, values, cell, hidden), x in zip(steps, (1.8, 4.3, 6.8)):
+        opened = [draw.BLUE if float(value) > 0.5 else "white" for value in values]
+        opened[2] = draw.GREEN if values[2] != "0" else "white"
+        for row, value in enumerate(values):
+            draw.box(axis, x, 1.75 - 0.36 * row, 0.9, 0.3, value, opened[row])
+        text(axis, x, -0.15, letter, 14)
+        draw.arrow(axis, (x, 0.05), (x, 0.42))
+        draw.box(axis, x, 2.6, 1.2, 0.42, f"c = {cell}", draw.ORANGE, 11)
+        draw.arrow(axis, (x, 2.81), (x, 3.22))
+        text(axis, x, 3.4, f"h = {hidden}", 12)
+        text(axis, x + 0.45, 3.0, what, 12, STRONG)
+    axis.set(xlim=(-1.3, 8.1), ylim=(-0.4, 3.6))
+    draw.save(figure, "rnn_memory")
 
 
 def lstm():
@@ -95,16 +155,21 @@ def gru():
     draw.arrow(axis, (7.6, 3.3), (8.1, 3.3))
     text(axis, -0.05, 3.3, "$h_{t-1}$", 13, align="right")
     text(axis, 8.15, 3.3, "$h_t$", 13, align="left")
-    # What the gates and the candidate read: the input, and the old state.
-    line(axis, (1.0, 3.3), (1.0, 0.55))
-    line(axis, (1.0, 0.55), (5.5, 0.55))
-    draw.arrow(axis, (1.5, -0.45), (1.5, 0.55))
-    text(axis, 1.5, -0.62, "$x_t$", 13)
+    # What the gates read: the old state and the input.
+    line(axis, (1.0, 3.3), (1.0, 0.6))
+    line(axis, (1.0, 0.6), (3.6, 0.6))
+    axis.add_patch(Arc((3.7, 0.6), 0.2, 0.2, theta1=0, theta2=180, color=draw.INK, linewidth=1.2))
+    line(axis, (3.8, 0.6), (5.5, 0.6))
     for x, name in ((2.0, "r"), (5.5, "z")):
-        draw.arrow(axis, (x, 0.55), (x, 0.94))
+        draw.arrow(axis, (x, 0.6), (x, 0.94))
         gate(axis, x, "σ", name)
-    draw.arrow(axis, (3.7, 0.55), (3.7, 0.94))
-    text(axis, 3.78, 0.74, "$W_{in}x_t$ only", 10, align="left")
+    # What the candidate reads directly: the input alone, on a line of its own.
+    draw.arrow(axis, (1.5, -0.45), (1.5, 0.6))
+    text(axis, 1.5, -0.62, "$x_t$", 13)
+    line(axis, (1.5, 0.28), (3.7, 0.28))
+    draw.arrow(axis, (3.7, 0.28), (3.7, 0.94))
+    text(axis, 2.75, 0.43, "$x_t$ alone", 10)
+    text(axis, 4.6, 0.75, "$h_{t-1}$ and $x_t$", 10)
     draw.box(axis, 3.7, 1.15, 0.62, 0.42, "tanh", draw.GREEN)
     text(axis, 3.54, 1.62, "n", 12)
     # The reset gate times the old state's part of the candidate.
@@ -141,12 +206,12 @@ def stacked():
     for y, name, color in rows:
         text(axis, -0.2, y, name, 11, align="right")
         for step, x in enumerate((0.8, 2.8, 4.8), 1):
-            draw.box(axis, x, y, 1.1, 0.5, "" if color == draw.GRAY else "LSTM", color)
+            draw.box(axis, x, y, 1.1, 0.5, "vector" if color == draw.GRAY else "LSTM", color)
             if color == draw.BLUE:
                 draw.arrow(axis, (x, y - 0.75), (x, y - 0.25), color=STRONG)
                 if x < 4.8:
                     draw.arrow(axis, (x + 0.55, y), (x + 1.45, y))
-                    text(axis, x + 1.0, y + 0.2, f"$h^{{({name[-1]})}}_{step}$", 11)
+                    text(axis, x + 1.0, y + 0.2, f"$h^{{({name[-1]})}}_{step},c^{{({name[-1]})}}_{step}$", 10)
     for letter, x in zip("aXb", (0.8, 2.8, 4.8)):
         text(axis, x, 0.1, letter, 12)
         draw.arrow(axis, (x, 0.25), (x, 0.65))
@@ -199,7 +264,7 @@ def decode(axis, y, name, fed, predicted):
     draw.arrow(axis, (2.4, y), (3.3, y), "state")
     for step, (token, answer) in enumerate(zip(fed, predicted)):
         x = 3.65 + 1.2 * step
-        draw.box(axis, x, y, 0.7, 0.5, color=draw.GREEN)
+        draw.box(axis, x, y, 0.7, 0.5, color=draw.GRAY if "END!" in fed[:step + 1] else draw.GREEN)
         text(axis, x, y - 0.75, token.strip("!"), 12, STRONG if "!" in token else draw.INK)
         draw.arrow(axis, (x, y - 0.6), (x, y - 0.25))
         draw.arrow(axis, (x, y + 0.25), (x, y + 0.6))
@@ -215,10 +280,12 @@ def seq2seq():
     decode(axis, 3.0, "teacher forcing: reads END and the true answer 1 2 3",
            ("END", "1", "2", "3"), ("1", "3!", "3", "END"))
     decode(axis, 0.0, "free running: reads END and its own predictions",
-           ("END", "1", "3!"), ("1", "3!", "END!"))
-    for step in range(2):  # a prediction is the next input
+           ("END", "1", "3!", "END!"), ("1", "3!", "END!", "END"))
+    for step in range(3):  # a prediction is the next input
         x = 3.65 + 1.2 * step
-        draw.arrow(axis, (x + 0.12, 0.72), (x + 1.05, -0.68), color="#999999", dashed=True)
+        draw.arrow(axis, (x + 0.15, 0.68), (x + 1.0, -0.65), color="#999999", dashed=True)
+    axis.plot((6.62, 6.62), (1.0, -0.85), ":", color=STRONG)
+    text(axis, 6.75, 1.15, "decoding stops here", 10, STRONG)
     axis.set(xlim=(-0.3, 8.6), ylim=(-1.0, 4.65))
     draw.save(figure, "rnn_seq2seq")
 
@@ -233,15 +300,16 @@ def held_open():
     targets = torch.randint(0, 8, (30, 1))
     figure = Figure((8.3, 3.6), constrained_layout=True)
     axis = figure.subplots()
-    for cell, chrono, style, name in (
-            ("lstm", 100, "C0-", "LSTM, gates held open (default)"),
-            ("gru", 100, "C1-", "GRU, gates held open (default)"),
-            ("lstm", 1, "C0--", "LSTM, --chrono-max 1"), ("gru", 1, "C1--", "GRU, --chrono-max 1"),
-            ("rnn", 1, "C2:", "plain RNN")):
+    for cell, chrono, style, width, name in (
+            ("lstm", 100, "C0-", 3.5, "LSTM, gates held open (default)"),
+            ("gru", 100, "C1-", 1.5, "GRU, gates held open (default)"),
+            ("lstm", 1, "C0--", 3.5, "LSTM, --chrono-max 1"),
+            ("gru", 1, "C1--", 1.5, "GRU, --chrono-max 1"),
+            ("rnn", 1, "C2:", 2, "plain RNN")):
         torch.manual_seed(0)
         model = rnn.RNNClassifier(9, 8, cell=cell, backend="scratch", chrono_max=chrono)
         norms = rnn.gradient_norms(model.double().eval(), inputs, targets)
-        axis.plot(range(1, 100), norms, style, label=name)
+        axis.plot(range(1, 100), norms, style, linewidth=width, label=name)
     axis.set(xlabel="steps before the end", ylabel="gradient norm / that at the end", yscale="log")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=9)
@@ -249,7 +317,9 @@ def held_open():
 
 
 def main():
+    unrolled()
     lstm()
+    memory()
     gru()
     stacked()
     padding()

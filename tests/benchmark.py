@@ -128,7 +128,7 @@ def decode_without_cache(model, source):
 
 def measure_decoding(options):
     """Our decoding with a cache and that without, by a model that never writes <eos>."""
-    model = transformer.Transformer(vocabulary=30, max_length=64).eval()
+    model = transformer.Transformer(vocabulary_size=30, max_length=64).eval()
     with torch.no_grad():  # the logit of <eos> is near -100
         model.embedding.weight[:, 0] = 0
         model.embedding.weight[transformer.EOS, 0] = -1
@@ -154,7 +154,7 @@ def measure_images(options, count=24, size=(4000, 3000)):
         shutil.copy(paths[0], path)
 
     def ours():
-        return count / seconds(lambda: common.read_images(paths, 32, 3))
+        return count / seconds(lambda: common.read_images(paths, 32))
 
     def usual():
         assert os.path.isdir(folder.name)

@@ -66,6 +66,13 @@ class Started:
                                            self.streams[2].read_text(encoding="utf-8"))
 
 
+@pytest.fixture(autouse=True)
+def warn_again():
+    """warn() prints the same warning only once in a process; each test is to see its own."""
+    import common
+    common.warn.cache_clear()
+
+
 @pytest.fixture
 def run(tmp_path):
     """run("cnn.py", "--epochs", 1): the finished process, its working directory tmp_path."""

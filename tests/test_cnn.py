@@ -194,7 +194,7 @@ def test_a_class_that_shows_nothing_is_a_warning_and_an_empty_one_an_error(photo
     photos("train/dark", 0)
     photos("train/noise", 30)
     data, _ = load()
-    with pytest.raises(common.UserError, match="no training image of the class dark"):
+    with pytest.raises(common.UserError, match="no training image of the class dark is left"):
         cnn.describe_classes(data)
     for i in range(30):
         save(Path("photos", "train", "dark", f"{i}.png"), np.full((8, 8, 3), i))
@@ -273,7 +273,6 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
 @pytest.mark.parametrize("options, message", [
     (["--widths", 64, 128], "argument --widths: expected 3 arguments"),
     (["--size", 30], "--size must be a multiple of 8"),
-    (["--device", "warp"], "--device warp: not found by this PyTorch; try --device auto"),
     (["--data", "nowhere"],
      "--data nowhere: neither a folder nor auto, cifar10 or synthetic"),
     (["--resume"], "there is no runs/cnn/last.pt; train first, or name the run's folder with "
@@ -286,6 +285,11 @@ def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
 ])
 def test_a_mistake_is_one_line_and_exit_status_2(run, options, message):
     assert run("cnn.py", *options, status=2).stderr == f"cnn.py: error: {message}\n"
+
+
+def test_a_device_that_is_not_there_is_one_line_with_the_reason(run):
+    error = run("cnn.py", "--device", "warp", status=2).stderr
+    assert re.fullmatch("cnn.py: error: --device warp: .*device.*\n", error)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

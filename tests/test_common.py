@@ -1,5 +1,6 @@
 """common.py: schedule, early stopping, clipping, checkpoints, run folders, tables and images."""
 
+import io
 import math
 import os
 import signal
@@ -52,7 +53,7 @@ def test_epochs_since_best_counts_from_the_first_maximum():
 def test_early_stopping_waits_for_patience_and_for_the_end_of_the_warm_up(capsys):
     def run(warmup):
         args, rows = Namespace(epochs=20, patience=3, warmup=warmup, seed=0), []
-        for _ in common.epochs(args, rows, lambda row: row["accuracy"]):
+        for _ in common.epochs_to_train(args, rows, lambda row: row["accuracy"]):
             rows.append({"accuracy": 0.5})
         return len(rows)
     assert run(warmup=0.0) == 4  # the first one, and three without improvement
@@ -63,7 +64,7 @@ def test_early_stopping_waits_for_patience_and_for_the_end_of_the_warm_up(capsys
 def test_each_epoch_has_its_own_random_numbers_also_when_resumed():
     def draw(done):
         args, rows, drawn = Namespace(epochs=4, patience=9, warmup=0, seed=7), history(*done), []
-        for _ in common.epochs(args, rows, lambda row: row["accuracy"]):
+        for _ in common.epochs_to_train(args, rows, lambda row: row["accuracy"]):
             drawn.append(torch.rand(1).item())
             rows.append({"accuracy": len(rows)})
         return drawn
@@ -91,11 +92,9 @@ def test_weight_decay_is_for_matrices_alone():
     assert [p.dim() for p in others["params"]] == [1, 1, 1] and others["weight_decay"] == 0.0
 
 
-def test_running_means_are_means_over_the_steps():
-    means = common.RunningMeans()
-    for value in (1.0, 2.0, 6.0):
-        means.update(loss=torch.tensor(value, requires_grad=True), high=torch.tensor(value > 1))
-    assert means.compute() == {"loss": 3.0, "high": pytest.approx(2 / 3)}
+def test_means_are_those_over_the_steps():
+    steps = [{"loss": torch.tensor(x), "high": torch.tensor(x > 1)} for x in (1.0, 2.0, 6.0)]
+    assert common.means(steps) == {"loss": 3.0, "high": pytest.approx(2 / 3)}
 
 
 def test_batches_of_an_epoch_are_full_shuffled_and_dealt_out(monkeypatch):
@@ -345,7 +344,7 @@ def test_tables_are_read_by_the_names_of_their_columns(tmp_path, text):
     ("text,label\na,x\nb\n", "line 3: 1 cells, but 2 in the first line"),
     ("text,label\na,x\n , y\n", "line 3: an empty cell or a repeated header"),
     ("text,label\na,x\ntext,label\n", "line 3: an empty cell or a repeated header"),
-    (b"PK\x03\x04\xff\xfe", ": not a text file in UTF-8 (but perhaps .xlsx or .gz)"),
+    (b"PK\x03\x04\xff\xfe", ": not a text file in UTF-8 (is it .xlsx or .gz?)"),
     ('text,label\n"a,x\n', "line 2: unexpected end of data"),
 ])
 def test_a_table_that_does_not_fit_is_one_line(tmp_path, text, message):
@@ -374,6 +373,10 @@ def test_prediction_inputs_come_from_arguments_or_lines(tmp_path, monkeypatch):
     Path("reviews.txt").write_text("")
     with pytest.warns(UserWarning, match="reviews.txt is read as text"):
         assert common.prediction_inputs(["reviews.txt"]) == ["reviews.txt"]
+    # Only a line feed ends a line: other separators of Unicode may be part of a text.
+    stdin = Namespace(buffer=io.BytesIO("\ufeffone\r\n \ntwo\u2028three\n".encode()))
+    monkeypatch.setattr(sys, "stdin", stdin)
+    assert common.prediction_inputs(["-"]) == ["one", "two\u2028three"]
 
 
 # ---------------------------------------------------------------- Images
@@ -388,9 +391,8 @@ def save(path, pixels, **options):
 def test_an_image_is_fitted_and_cropped_about_its_center(tmp_path):
     pixels = np.zeros((20, 40, 3), np.uint8)
     pixels[:, 10:30] = 255
-    image = common.read_image(save(tmp_path / "a.png", pixels), 8, 3)
+    image = common.read_image(save(tmp_path / "a.png", pixels), 8)
     assert image.shape == (8, 8, 3) and image.min() > 200
-    assert common.read_image(str(tmp_path / "a.png"), 8, 1).shape == (8, 8, 1)
 
 
 def test_transparent_pixels_become_white(tmp_path):
@@ -400,7 +402,7 @@ def test_transparent_pixels_become_white(tmp_path):
         path = tmp_path / f"{kind}.png"
         Image.fromarray(ink).convert(kind).save(str(path), **(
             {"transparency": 255} if kind == "P" else {}))
-        image = common.read_image(str(path), 8, 3)
+        image = common.read_image(str(path), 8)
         if kind != "P":
             assert image[0, 0].tolist() == [255, 255, 255] and image[4, 4].tolist() == [0, 0, 0]
 
@@ -409,7 +411,7 @@ def test_transparent_pixels_become_white(tmp_path):
 def test_many_bits_are_scaled_by_their_own_range(tmp_path, kind):
     ramp = np.linspace(1000, 30000, 64).reshape(8, 8).astype(kind)
     with pytest.warns(UserWarning, match="images of more than 8 bits are scaled"):
-        image = common.read_image(save(tmp_path / "a.tiff", ramp), 8, 1).squeeze()
+        image = common.read_image(save(tmp_path / "a.tiff", ramp), 8)
     assert image.min() == 0 and image.max() == 255
     assert (np.diff(image.flatten().astype(int)) >= 0).all()
 
@@ -420,12 +422,12 @@ def test_a_large_photograph_is_read_like_its_pixels(tmp_path):
     path = save(tmp_path / "a.jpg", pixels, quality=95)
     expected = Image.open(path).convert("RGB").crop((200, 0, 1400, 1200))
     expected = np.asarray(expected.resize((32, 32), Image.BICUBIC)).astype(int)
-    assert abs(common.read_image(path, 32, 3) - expected).mean() < 4
+    assert abs(common.read_image(path, 32) - expected).mean() < 4
 
 
 def test_a_broken_exif_record_costs_the_orientation_alone(tmp_path):
     path = save(tmp_path / "a.jpg", np.full((8, 8, 3), 90, np.uint8), exif=b"Exif\0\0MM\0*broken")
-    assert common.read_image(path, 8, 3).shape == (8, 8, 3)
+    assert common.read_image(path, 8).shape == (8, 8, 3)
 
 
 def test_files_that_are_no_images_are_named_and_skipped(tmp_path):
@@ -436,7 +438,7 @@ def test_files_that_are_no_images_are_named_and_skipped(tmp_path):
     paths = common.image_files(str(tmp_path))
     assert len(paths) == 4
     with pytest.warns(UserWarning) as seen:
-        images, kept = common.read_images(paths, 8, 3)
+        images, kept = common.read_images(paths, 8)
     assert len(images) == 1 and paths[kept[0]] == good
     messages = "\n".join(str(warning.message) for warning in seen)
     assert "b.heic: damaged, or in a format that Pillow lacks" in messages
@@ -456,23 +458,28 @@ def test_hidden_files_are_left_out_links_followed_and_loops_not(tmp_path):
     assert sorted(Path(file).name for file in files) == ["1.png", "2.png", "3.png"]
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    with pytest.warns(UserWarning, match="skipped a folder: .*gone"):
+        assert common.image_files(str(tmp_path / "gone")) == []
+
+
 def test_images_that_do_not_fit_into_memory_are_one_line():
     with pytest.raises(common.UserError, match=r"99,999 images of 30000 x 30000 pixels take .* GB"):
-        common.read_images(["x"] * 99999, 30000, 3)
+        common.read_images(["x"] * 99999, 30000)
 
 
 def test_no_image_is_in_two_sets():
     images = torch.arange(60, dtype=torch.uint8).view(60, 1, 1, 1).repeat(2, 2, 2, 3)
     labels = torch.arange(120) % 2
     sets = {"train": (images, labels)}
-    common.complete_sets(sets, seed=0)
+    common.make_disjoint_sets(sets, seed=0)
     values = {use: set(images[:, 0, 0, 0].tolist()) for use, (images, _) in sets.items()}
     assert sorted(sum(map(list, values.values()), [])) == list(range(60))
     assert len(values["test"]) == len(values["val"]) == 6
     given = {"train": (images[:60], labels[:60]), "test": (images[50:70], labels[50:70])}
-    common.complete_sets(given, seed=0)
+    common.make_disjoint_sets(given, seed=0)
     with pytest.raises(common.UserError, match="no image is left for the val set"):
-        common.complete_sets({"train": (images, labels), "test": (images, labels),
+        common.make_disjoint_sets({"train": (images, labels), "test": (images, labels),
                               "val": (images, labels)}, seed=0)
     assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40
 
@@ -480,5 +487,5 @@ def test_no_image_is_in_two_sets():
 def test_what_is_written_must_be_apart_from_the_data(tmp_path):
     for data, out in (("photos", "photos"), ("photos", "photos/runs"), ("runs/photos", "runs")):
         with pytest.raises(common.UserError, match="must be apart"):
-            common.keep_apart(data, out)
-    common.keep_apart("photos", "runs")
+            common.check_apart(data, out)
+    common.check_apart("photos", "runs")

@@ -51,9 +51,9 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, script):
 # random and no batch norm, whose statistics are those of each process. The targets of a batch have
 # all one length: of different ones, the mean over a process's tokens would be that of its share.
 STEPS = {
-    "cnn": "--no-batch-norm --dropout 0 --crop 0 --no-flip --epochs 3 --batch-size 500 --lr 0.1",
+    "cnn": "--dropout 0 --crop 0 --no-flip --epochs 3 --batch-size 500 --lr 0.1",
     "rnn": "--dropout 0 --epochs 1 --lr 1e-9",
-    "gan": "--no-batch-norm --epochs 2 --batch-size 100 --lr 1e-9",
+    "gan": "--epochs 2 --batch-size 100 --lr 1e-9",
     "transformer": "--data pairs.tsv --epochs 1 --batch-size 40 --lr 1e-9"}
 
 START = """
@@ -68,7 +68,7 @@ def share(count, length, **options):
 def draw(*shape, **options):
     return randn(*shape, **options) if "generator" in options else share(*shape)
 torch.randn = draw
-torch.nn.BatchNorm1d = torch.nn.Identity
+torch.nn.BatchNorm1d = torch.nn.BatchNorm2d = torch.nn.Identity
 runpy.run_path({!r}, run_name="__main__")
 """
 

