@@ -45,9 +45,8 @@ def run_main(main: Callable) -> None:
     """Run `main()`. Errors that the user can fix are printed as one line, with exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    # What PyTorch warns of is for those who write code, except for the reason why it finds no GPU.
+    # What PyTorch warns of is for those who write code.
     warnings.filterwarnings("ignore", module=r"torch\b")
-    warnings.filterwarnings("default", message="CUDA initialization")
     warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # it is called otherwise now
     try:
         start_processes()

@@ -72,7 +72,9 @@ def run_until_killed(script, folder, seconds, kill):
         if process.process.is_alive():
             os.kill(process.process.pid, number)
     done = process.wait()
-    assert "Traceback" not in done.stderr, done.stderr
+    # Python itself swallows, and reports, a Ctrl-C that falls into a callback such as __del__().
+    if "Exception ignored in" not in done.stderr:
+        assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode in (0, STATUS[number]), done.stderr
     if done.returncode == 130 and any(folder.rglob("last.pt")):
         assert done.stdout.endswith("run --resume\n")
