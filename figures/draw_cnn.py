@@ -113,6 +113,27 @@ def batch_norm():
     draw.save(figure, "cnn_batchnorm")
 
 
+def receptive():
+    """The pixels along one side that each of the four numbers of the last block depends on."""
+    figure, axis = draw.new(8.3, 2.3)
+    for pixel in range(-7, 39):
+        color = "white" if 0 <= pixel < 32 else draw.GRAY
+        axis.add_patch(Rectangle((pixel, 0), 1, 1, facecolor=color, edgecolor=draw.INK,
+                                 linewidth=0.6))
+    for number in range(4):
+        first = last = number
+        for _ in range(3):  # back through a pooling and a convolution
+            first = 2 * first - 1
+            last = 2 * last + 2
+        inside = min(31, last) - max(0, first) + 1
+        axis.add_patch(Rectangle((first, -2.4 * number - 2.7), last - first + 1, 1.7,
+                                 facecolor=draw.BLUE, edgecolor=draw.INK, linewidth=0.7))
+        axis.text((first + last + 1) / 2, -2.4 * number - 1.85,
+                  f"number {number + 1}: {inside} pixels", fontsize=10, ha="center", va="center")
+    title(axis, 16, 1.4, "one row of the image: 32 pixels (white), and padding (gray)")
+    draw.save(figure, "cnn_receptive")
+
+
 # ---------------------------------------------------------------- The model
 
 
@@ -138,12 +159,31 @@ def model():
     draw.box(axis, 1.7, -2.05, 3.4, 0.8, "one block: Conv2d 3 × 3,\n"
              "BatchNorm2d, ReLU, MaxPool2d 2 × 2", draw.ORANGE)
     draw.box(axis, 4.6, -2.05, 0.9, 0.8, "Flatten\n2048", draw.GRAY)
-    draw.box(axis, 6.3, -2.05, 1.5, 0.8, "Linear, ReLU,\nDropout: 256", draw.GREEN)
+    draw.box(axis, 6.3, -2.05, 1.5, 0.8, "Linear, ReLU,\n256 units", draw.GREEN)
     draw.box(axis, 8.1, -2.05, 1.1, 0.8, "Linear:\n10 logits", draw.GREEN)
     draw.arrow(axis, (7.6, -0.5), (4.6, -1.6))
     draw.arrow(axis, (5.07, -2.05), (5.53, -2.05))
     draw.arrow(axis, (7.07, -2.05), (7.53, -2.05))
     draw.save(figure, "cnn_model")
+
+
+def residual():
+    """A residual block: what its layers compute is added to its input."""
+    figure, axis = draw.new(8.3, 1.9)
+    draw.box(axis, 2.2, 0, 2.2, 0.7, "Conv2d 3 × 3,\nBatchNorm2d, ReLU", draw.ORANGE)
+    draw.box(axis, 5.0, 0, 2.2, 0.7, "Conv2d 3 × 3,\nBatchNorm2d", draw.ORANGE)
+    draw.box(axis, 7.0, 0, 0.5, 0.5, "+", draw.GRAY, size=14)
+    draw.box(axis, 8.2, 0, 0.8, 0.5, "ReLU", draw.ORANGE)
+    for start, end in ((0.35, 1.07), (3.32, 3.87), (6.12, 6.72), (7.27, 7.77), (8.62, 9.2)):
+        draw.arrow(axis, (start, 0), (end, 0))
+    axis.plot([0.7, 0.7, 7.0], [0, 0.85, 0.85], color=draw.INK, linewidth=1)
+    axis.plot([8.6, 9.0], [0, 0], color=draw.INK, linewidth=1)
+    draw.arrow(axis, (7.0, 0.85), (7.0, 0.27))
+    axis.text(0.22, 0, "$x$", fontsize=12, ha="center", va="center")
+    axis.text(6.4, 0.08, "$F(x)$", fontsize=10, ha="center", va="bottom")
+    axis.text(3.6, 0.9, "skip connection: $x$ unchanged", fontsize=10, ha="center", va="bottom")
+    axis.text(9.3, 0, "$y$", fontsize=12, ha="center", va="center")
+    draw.save(figure, "cnn_residual")
 
 
 # ---------------------------------------------------------------- Data and a trained model
@@ -161,6 +201,8 @@ def data():
     crops = cnn.random_crop_flip(shapes.images, torch.tensor([one] * 9), 3, flip=True)
     for axis, image in zip(axes[1], [shapes.images[one], *crops]):
         axis.imshow(image)
+        axis.axvline(15.5, color="white", linewidth=0.8, linestyle=":")
+        axis.axhline(15.5, color="white", linewidth=0.8, linestyle=":")
     axes[1, 0].set_xlabel("original", fontsize=9)
     axes[1, 5].set_xlabel("as random_crop_flip() returns it", fontsize=9)
     draw.save(figure, "cnn_data")
@@ -200,7 +242,9 @@ def main():
     window()
     pooling()
     batch_norm()
+    receptive()
     model()
+    residual()
     data()
     if len(sys.argv) == 4 and sys.argv[2].endswith(".pt"):
         features(*sys.argv[2:])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
+from torch import nn
 
 import draw
 
@@ -76,10 +77,12 @@ def steps():
         draw.box(axis, 4.0, y, 0.9, 0.5, "fake", "white")
         for start, end in ((0.3, 1.0), (2.4, 3.5), (6.92, 7.75)):
             draw.arrow(axis, (start, y + 0.12), (end, y + 0.12))
-    for start, end in ((7.75, 6.92), (5.5, 4.5), (3.5, 2.4)):
-        draw.arrow(axis, (start, -0.15), (end, -0.15), color=BACKWARD, dashed=True)
     draw.arrow(axis, (4.5, 0.12), (5.5, 0.12))
-    draw.box(axis, 6.2, 0, 1.4, 0.9, "discriminator\n(fixed)", draw.GRAY, 9)
+    draw.box(axis, 6.2, 0, 1.4, 0.9, "", draw.GRAY)
+    text(axis, 6.2, 0.1, "discriminator\n(fixed)", 9)
+    # The last gradient passes through the discriminator.
+    for start, end in ((7.75, 6.92), (6.9, 5.5), (5.5, 4.5), (3.5, 2.4)):
+        draw.arrow(axis, (start, -0.22), (end, -0.22), color=BACKWARD, dashed=True)
     draw.box(axis, 8.65, 0, 1.7, 0.8, "loss_g\n−log D(G(z))", draw.RED, 9)
     text(axis, 2.0, -0.62, "its weights change", 9, color=BACKWARD)
     # The first step: real images too, and no gradient past fake.detach().
@@ -203,25 +206,65 @@ def losses():
     draw.save(figure, "gan_losses")
 
 
-def modes():
-    """Sets of points instead of images: a good generator, mode collapse, a lost game."""
-    def ring(clusters):
-        angle = torch.randint(clusters, (500,)) * math.pi / 4
-        return torch.stack([angle.cos(), angle.sin()], 1) + 0.1 * torch.randn(500, 2)
+def ring(count):
+    """Eight groups of points around the origin, which stand for real images."""
+    angle = torch.randint(8, (count,)) * math.pi / 4
+    return torch.stack([angle.cos(), angle.sin()], 1) + 0.1 * torch.randn(count, 2)
+
+
+def play(lr=0.001, beta1=0.5, r1=0.0):
+    """Play 1,500 steps with the losses of gan.py. Return 500 generated points and the fraction of
+    points that the discriminator told apart in the last 300 steps.
+
+    lr is the generator's learning rate; the discriminator's is 0.001.
+    """
+    def network(inputs, outputs):
+        return nn.Sequential(nn.Linear(inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                             nn.Linear(64, outputs))
     torch.manual_seed(0)
-    real = ring(8)
-    sets = {"good": ring(8), "mode collapse": ring(2), "lost game": 0.15 * torch.randn(500, 2)}
+    generator, discriminator = network(8, 2), network(2, 1)
+    optimizer_g = torch.optim.Adam(generator.parameters(), lr, (beta1, 0.999))
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), 0.001, (beta1, 0.999))
+    right = []
+    for _ in range(1500):
+        real = ring(128).requires_grad_()
+        fake = generator(torch.randn(128, 8)).detach()
+        real_logits, fake_logits = discriminator(real), discriminator(fake)
+        loss = gan.discriminator_loss(real_logits, fake_logits)
+        if r1:
+            gradient, = torch.autograd.grad(real_logits.sum(), real, create_graph=True)
+            loss = loss + r1 / 2 * gradient.pow(2).sum(1).mean()
+        optimizer_d.zero_grad()
+        loss.backward()
+        optimizer_d.step()
+        right.append(torch.cat([real_logits > 0, fake_logits < 0]).float().mean().item())
+        loss = gan.generator_loss(discriminator(generator(torch.randn(128, 8))))
+        optimizer_g.zero_grad()
+        loss.backward()
+        optimizer_g.step()
+    with torch.no_grad():
+        return generator(torch.randn(500, 8)), sum(right[-300:]) / 300
+
+
+def modes():
+    """Games with points instead of images: a good generator, mode collapse, a lost game."""
+    games = {"good": {"r1": 0.2}, "mode collapse": {"beta1": 0.9}, "lost game": {"lr": 3e-6}}
     figure, axes = plots(3, 3.7)
-    for axis, (title, fake) in zip(axes, sets.items()):
+    for axis, (title, options) in zip(axes, games.items()):
+        fake, told_apart = play(**options)
+        torch.manual_seed(9)
+        real = ring(500)
         metrics = gan.density_coverage(real, fake)
         metrics["frechet"] = gan.frechet_distance(real, fake)
+        metrics["told_apart"] = told_apart
         print(title, metrics)
         axis.plot(*real.T, ".", markersize=3, color="0.65", label="real")
         axis.plot(*fake.T, ".", markersize=2, color="#d95f02", label="generated")
-        axis.set(xlim=(-1.5, 1.5), ylim=(-1.5, 1.5), xticks=[], yticks=[], aspect="equal")
+        axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
         axis.set_title("{}\ndensity {density:.2f}, coverage {coverage:.2f},\nFréchet distance "
-                       "{frechet:.2f}".format(title, **metrics), fontsize=10)
-    axes[1].legend(loc="center", markerscale=4, fontsize=10, frameon=False)
+                       "{frechet:.2f}, told apart {told_apart:.0%}".format(title, **metrics),
+                       fontsize=9)
+    axes[0].legend(loc="upper center", ncol=2, markerscale=4, fontsize=10, frameon=False)
     draw.save(figure, "gan_modes")
 
 

@@ -211,7 +211,8 @@ def stacked():
                 draw.arrow(axis, (x, y - 0.75), (x, y - 0.25), color=STRONG)
                 if x < 4.8:
                     draw.arrow(axis, (x + 0.55, y), (x + 1.45, y))
-                    text(axis, x + 1.0, y + 0.2, f"$h^{{({name[-1]})}}_{step},c^{{({name[-1]})}}_{step}$", 10)
+                    index = f"^{{({name[-1]})}}_{step}"
+                    text(axis, x + 1.0, y + 0.2, f"$h{index},c{index}$", 10)
     for letter, x in zip("aXb", (0.8, 2.8, 4.8)):
         text(axis, x, 0.1, letter, 12)
         draw.arrow(axis, (x, 0.25), (x, 0.65))
