@@ -180,7 +180,7 @@ def load_data(args: Namespace) -> Dataset:
 def describe_classes(data: Dataset) -> None:
     """Print the number of training images of each class; warn if those of a class are all the same.
 
-    Raises UserError if there are none.
+    Raises UserError if a class has none.
     """
     counts = []
     for label, name in enumerate(data.classes):
@@ -473,7 +473,7 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     columns = 8
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     correct = predicted == data.test.labels
-    figure, axes = common.new_figure(4, columns, (10, 7), title)
+    figure, axes = common.new_figure(4, columns, (8.3, 6.2), title)
     for axis in axes.flat:
         axis.axis("off")
     for rows, mask, color in ((axes[:2], correct, "green"), (axes[2:], ~correct, "red")):

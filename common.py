@@ -1,7 +1,7 @@
 """Code shared by the four scripts: options, device, schedule, checkpoints, plots, reading files.
 
 Nothing here knows any of the models. torchvision, Pillow and Matplotlib are imported where they
-are used, so that `--help` is quick and synthetic data needs none of them.
+are used, so that `--help` is quick.
 """
 
 from __future__ import annotations
@@ -112,19 +112,19 @@ def on_first_process(function: Callable, *arguments: Any) -> Any:
     """Call a function in the first process only; return its result, or raise its UserError, in all
     of them.
     """
-    result = None
+    result = problem = None
     if RANK == 0:
         try:
             result = function(*arguments)
         except UserError as error:
-            result = error
+            problem = error
     if WORLD > 1:
-        shared = [result]
+        shared = [result, problem]
         dist.broadcast_object_list(shared, src=0)
-        result = shared[0]
+        result, problem = shared
     # If the first process alone raised it, the others would wait for it forever.
-    if isinstance(result, UserError):
-        raise result
+    if problem:
+        raise problem
     return result
 
 
@@ -751,7 +751,7 @@ def read_images(paths: list, size: int) -> tuple:
     if len(kept) < len(paths):
         warn(f"{len(paths) - len(kept)} of {len(paths)} files cannot be read")
     if not kept:
-        raise UserError(f"--data: none of {len(paths)} files in one of its folders is an image")
+        raise UserError(f"--data: none of the {len(paths)} files can be read as an image")
     return torch.from_numpy(np.stack([images[i] for i in kept])), kept
 
 

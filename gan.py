@@ -179,8 +179,8 @@ class Discriminator(nn.Module):
         )
         self.apply(initialize)
         # Convolutions are faster in this memory format, but with one channel PyTorch 1.12 crashes
-        # (issue 82060). Transposed convolutions are not, and PyTorch 2.0 computes them wrong in it
-        # (issue 99519), so the generator keeps the default format.
+        # (issue 82060). Transposed convolutions are not faster, and in PyTorch 2.0 their output is
+        # wrong (issue 99519), so the generator keeps the default format.
         if common.VERSION >= (1, 13):
             self.to(memory_format=torch.channels_last)
 

@@ -39,7 +39,7 @@ class SequenceSet(NamedTuple):
 
     inputs: Tensor  # int64 (N, longest): tokens, and PAD after the end of a sequence
     lengths: Tensor  # int64 (N,), always on the CPU
-    # int64 (N, 1): classes; or (N, longest + 1): tokens, END, PAD, as many tokens as in the input.
+    # int64 (N, 1): classes; or (N, longest + 1): as many tokens as in the input, then END and PAD.
     targets: Tensor
 
 
@@ -85,13 +85,14 @@ def tokenize(texts: list, tokens: str) -> list:
 
     Texts of more than LONGEST tokens are cut, with a warning.
     """
+    sequences = texts
     if tokens == "words":
-        texts = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
-    cut = sum(len(text) > LONGEST for text in texts)
+        sequences = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
+    cut = sum(len(sequence) > LONGEST for sequence in sequences)
     if cut:
         common.warn(f"{cut} of {len(texts)} texts have more than {LONGEST} {tokens}; the rest of "
                     "each is not read")
-    return [tuple(text[:LONGEST]) for text in texts]
+    return [tuple(sequence[:LONGEST]) for sequence in sequences]
 
 
 def build_vocabulary(sequences: list, tokens: str) -> list:
@@ -123,9 +124,8 @@ def describe_classes(labels: list, training: list) -> list:
     print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes))
     missing = sorted(set(classes) - {labels[i] for i in training})
     if missing or len(classes) < 2:
-        raise common.UserError("--data: at least two classes are needed, and texts of each in the "
-                               "training set (three different ones suffice); too few are of "
-                               f"{', '.join(missing or classes)}")
+        raise common.UserError("--data: at least two classes are needed, and three different texts "
+                               f"of each; there are too few of {', '.join(missing or classes)}")
     return classes
 
 
@@ -504,7 +504,8 @@ def plot_cells(path: Path, title: str, curves: dict, **labels: Any) -> None:
         alpha = 0.4 if "untrained" in name else 1
         axis.plot(range(1, len(values) + 1), values, style, alpha=alpha, label=name)
     axis.set(**labels)
-    if "xticklabels" in labels:
+    # Words are written upward, letters as usual.
+    if max(map(len, labels.get("xticklabels", "")), default=0) > 1:
         axis.tick_params(axis="x", rotation=90)
     axis.grid(alpha=0.3)
     axis.legend()

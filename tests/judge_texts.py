@@ -1,4 +1,4 @@
-"""How often a linear model, and a trained rnn.py, are right about labeled texts.
+"""The accuracy of a linear model, and of a run of rnn.py, on labeled texts.
 
   pip install scikit-learn
   python tests/judge_texts.py words.csv

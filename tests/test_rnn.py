@@ -185,9 +185,9 @@ def test_batches_of_sorting_hold_one_length_and_all_strings_but_the_ends():
 
 
 @pytest.mark.parametrize("rows, message", [
-    ([("a", "x"), ("b", "y"), ("c", "y"), ("d", "y")], "too few are of x"),
-    ([("a", "x"), ("b", "x"), ("c", "x")], "too few are of x"),
-    (3 * [("a", "x")] + [("b", "y"), ("c", "y"), ("d", "y")], "too few are of x"),
+    ([("a", "x"), ("b", "y"), ("c", "y"), ("d", "y")], "there are too few of x"),
+    ([("a", "x"), ("b", "x"), ("c", "x")], "there are too few of x"),
+    (3 * [("a", "x")] + [("b", "y"), ("c", "y"), ("d", "y")], "there are too few of x"),
     ([], "no rows below the header"),
     ([("My order, please", "x"), ("My", "order", "x")], "line 3")])
 def test_bad_tables_are_one_line_and_leave_no_run(run, tmp_path, rows, message):
