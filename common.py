@@ -595,8 +595,9 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
         images, labels = sets[name]
         keys = contents(images)
         new = torch.tensor([key not in seen for key in keys])
-        if not any(new):
-            raise UserError(f"--data: no image is left for the {name} set; provide more of them")
+        if new.sum() < 2:  # a single one has no variance
+            raise UserError(f"--data: fewer than two different images are left for the {name} set; "
+                            "provide more of them")
         sets[name] = images[new], labels[new]
         seen.update(keys)
 

@@ -4,9 +4,9 @@
   python gan.py --data my_images   your own images, in a folder of any layout
   python gan.py --sample 100       generate 100 images with the trained model
 
-Generated images go to images/, plots and checkpoints to runs/gan (--out); with another --out, the
-images go to a folder in it. Without --epochs, a run has 60 epochs, or fewer if there are more than
-9,000 training images. gan.md explains every part.
+Generated images go to images/, plots and checkpoints to runs/gan. With another --out, all of it
+goes there, the images to its subfolder images. Without --epochs, a run has 60 epochs, or fewer if
+there are more than about 9,000 training images. gan.md explains every part.
 """
 
 from __future__ import annotations
@@ -37,9 +37,8 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "Deja
 
 
 class Dataset(NamedTuple):
-    """Three sets of images, uint8 (N, size, size, channels), with no image in two of them."""
+    """Three sets of images, uint8 (N, size, size, channels), and no image is in more than one."""
 
-    name: str  # mnist, fashion-mnist, cifar10, synthetic or the folder
     train: Tensor
     validation: Tensor
     test: Tensor
@@ -76,32 +75,39 @@ def load_folder(args: Namespace) -> tuple:
 
 
 def random_sample(images: Tensor) -> Tensor:
-    """Return up to 5,000 of the images, enough for the metrics. A test set may be sorted."""
+    """Return 5,000 of the images or all; random ones, since a test set may be sorted."""
     order = np.random.default_rng(0).permutation(len(images))
     return images[order[:5000]]
 
 
-def load_data(args: Namespace) -> Dataset:
-    """Load what `--data` names; `auto` falls back to synthetic digits and says why."""
-    name = "mnist" if args.data == "auto" else args.data
-    if name in TORCHVISION:
-        try:
-            sets, _ = common.load_torchvision(TORCHVISION[name], args.data_dir)
-            sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
-        except common.UserError as error:
-            if args.data != "auto":
-                raise
-            common.warn(f"{error}; training on synthetic digits instead")
-            name = "synthetic"
-    elif name != "synthetic":
-        sets = {"train": load_folder(args)}
-    if name == "synthetic":  # asked for, or the fallback
+def load_sets(args: Namespace) -> dict:
+    """Return {"train": (images, labels)}, and "test" if the data set has one."""
+    if args.data == "synthetic":
         count = args.limit or 10000
-        sets = {"train": synthetic_digits(count, args.seed),
+        return {"train": synthetic_digits(count, args.seed),
                 "test": synthetic_digits(count // 5, args.seed + 10**9)}
+    if args.data not in TORCHVISION:
+        return {"train": load_folder(args)}
+    sets, _ = common.load_torchvision(TORCHVISION[args.data], args.data_dir)
+    sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
+    return sets
+
+
+def load_data(args: Namespace) -> Dataset:
+    """Load what `--data` names. Replace `auto` with `mnist` or, if it cannot be loaded, with
+    `synthetic`, so that a resumed run has the same data.
+    """
+    if args.data == "auto":
+        args.data = "mnist"
+        try:
+            return load_data(args)
+        except common.UserError as error:
+            common.warn(f"{error}; training on synthetic digits instead")
+            args.data = "synthetic"
+    sets = load_sets(args)
     # The labels serve only to spread each class evenly over the sets.
     common.make_disjoint_sets(sets, args.seed)
-    return Dataset(name, sets["train"][0], random_sample(sets["val"][0]),
+    return Dataset(sets["train"][0], random_sample(sets["val"][0]),
                    random_sample(sets["test"][0]))
 
 
@@ -178,9 +184,9 @@ class Discriminator(nn.Module):
             nn.Linear(4 * width * (size // 8)**2, 1),  # (N, 1)
         )
         self.apply(initialize)
-        # Convolutions are faster in this memory format, but with one channel PyTorch 1.12 crashes
-        # (issue 82060). Transposed convolutions are not faster, and in PyTorch 2.0 their output is
-        # wrong (issue 99519), so the generator keeps the default format.
+        # Convolutions are faster in this memory format, but wrong with one channel in PyTorch 1.12
+        # (issue 82060). Transposed convolutions are not faster, and wrong in PyTorch 2.0 (issue
+        # 99519), so the generator keeps the default format.
         if common.VERSION >= (1, 13):
             self.to(memory_format=torch.channels_last)
 
@@ -190,7 +196,7 @@ class Discriminator(nn.Module):
 
 # ---------------------------------------------------------------- Training
 
-SAMPLES = 2000  # generated images that are compared with the validation set after each epoch
+VALIDATION_SAMPLES = 2000  # generated images, compared with the validation set after each epoch
 # The gradient penalty changes slowly and costs more than half as much as the rest of a step, so it
 # is computed every 16th step, with 16 times the weight (lazy regularization; Karras et al., 2020).
 PENALTY_EVERY = 16
@@ -235,16 +241,18 @@ def make_optimizer(network: nn.Module, args: Namespace) -> torch.optim.Optimizer
 
 
 def score(row: dict) -> float:
-    """Return what epochs are compared by, higher is better: the negated Fréchet distance."""
+    """Return the score of an epoch, higher is better: the negated Fréchet distance."""
     return -row["frechet"]
 
 
 def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
-    """Train both networks; keep their last and best epoch in `folder`. Return the history."""
+    """Train both networks, and save them after each epoch; of the best epoch, save the averaged
+    generator. Return the history.
+    """
     torch.manual_seed(args.seed)
     size, channels = data.train.shape[2:]  # of (N, size, size, channels)
     shape = {"size": size, "channels": channels, "width": args.width}
-    options = {**shape, "latent": args.latent}
+    options = {**shape, "latent": args.latent}  # of the generator
     discriminator = Discriminator(**shape).to(device)
     generator = Generator(**options).to(device)
     generator_ema = copy.deepcopy(generator)  # exponential moving average of the weights
@@ -262,7 +270,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     ddp_discriminator = common.wrap_model(discriminator, args, device)
     autocast = common.autocast(args.precision, device)
     real_features = random_features(data.validation)
-    fixed_z = latent_vectors(SAMPLES, args.latent, args.seed)
+    fixed_z = latent_vectors(VALIDATION_SAMPLES, args.latent, args.seed)
 
     for epoch in common.epochs_to_train(args, history, score):
         start = time.perf_counter()
@@ -279,19 +287,18 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                 real_logits = ddp_discriminator(real)  # each kind has its own batch statistics
                 fake_logits = ddp_discriminator(fake.detach())  # no gradient for the generator
             loss_d = discriminator_loss(real_logits.float(), fake_logits.float())
-            total = loss_d
+            penalty = 0
             if args.r1 and step % PENALTY_EVERY == 0:
-                weight = PENALTY_EVERY * args.r1 / 2
                 # In float32, and never compiled: torch.compile() has no second derivatives.
-                total = loss_d + weight * gradient_penalty(discriminator, real)
+                penalty = PENALTY_EVERY * args.r1 / 2 * gradient_penalty(discriminator, real)
             optimizer_d.zero_grad()
-            total.backward()
+            (loss_d + penalty).backward()
             norm_d = common.clip_gradients(discriminator, args.clip)
             optimizer_d.step()
 
             # (2) Generator: maximize log D(G(z)), with the discriminator as it is now.
-            # Only the generator learns, so the discriminator's weights need no gradients, and the
-            # network itself is called, not the one that averages them over processes.
+            # The discriminator only passes the gradient on. Its own weights get none, so there is
+            # nothing to average over processes, and it is called without its wrapper.
             discriminator.requires_grad_(False)
             with autocast:
                 logits = discriminator(fake)
@@ -316,7 +323,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                 "discriminator_clipped": norm_d > args.clip,
                 "generator_clipped": norm_g > args.clip})
 
-        samples = generate(generator_ema, fixed_z, device)
+        samples = generate(generator_ema, fixed_z)
         quality = common.on_first_process(measure, real_features, samples)
         row = {"epoch": epoch, "learning_rate": scheduler_g.get_last_lr()[0],
                **common.means(metrics), **quality, "seconds": time.perf_counter() - start}
@@ -342,12 +349,13 @@ def latent_vectors(count: int, latent: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def generate(generator: Generator, z: Tensor, device: torch.device) -> Tensor:
-    """Return uint8 images (N, size, size, channels), on the CPU, for z, (N, latent).
+def generate(generator: Generator, z: Tensor) -> Tensor:
+    """Return uint8 images (N, size, size, channels) for z, (N, latent); both are on the CPU.
 
     Sets the generator to evaluation mode: batch norm uses its running statistics.
     """
     generator.eval()
+    device = generator.layers[0].weight.device
     images = torch.cat([generator(batch.to(device)).cpu() for batch in z.split(500)])
     return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte()  # undoes to_float()
 
@@ -393,8 +401,8 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict:
     """Return density and coverage of generated features (M, d) for real ones (N, d).
 
     The ball around each real feature reaches to its k-th nearest real neighbor. Density: the mean
-    number of balls around a generated feature, over k. Coverage: the fraction of balls that have a
-    generated feature in them, which is near 0 after mode collapse. Naeem et al., 2020.
+    number of balls that a generated feature is in, divided by k. Coverage: the fraction of balls
+    that have a generated feature in them, which is near 0 after mode collapse. Naeem et al., 2020.
     """
     # The k-th neighbor is the (k + 1)-th nearest, since the nearest of all is the image itself.
     radius = torch.cdist(real, real).kthvalue(min(k + 1, len(real))).values
@@ -414,12 +422,12 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
     """Measure the best generator on the test set; draw plots and images; write summary.json."""
     generator = load_generator(folder / "best.pt", device)
-    samples = generate(generator, latent_vectors(5000, args.latent, args.seed + 1), device)
-    # No more than training images, so that both comparisons are of sets of the same size.
+    samples = generate(generator, latent_vectors(5000, generator.latent, args.seed + 1))
+    # Training images in place of generated ones show what a perfect generator would reach. All
+    # three sets have the same size, since the metrics depend on it.
     real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
-    # The same metrics of training images show what a perfect generator would reach.
     floor = measure(real_features, data.train[:len(real)])
     test.update({f"{name}_floor": value for name, value in floor.items()})
     test["best_epoch"] = max(history, key=score)["epoch"]
@@ -427,11 +435,11 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     draw_curves(args, data, folder, history)
     image_dir = image_folder(args)
     save_grid(image_dir / "final.png", samples[:200], 20)
-    save_grid(image_dir / "interpolation.png", interpolate(generator, args, device), 10)
-    # 20,000 training images fit into memory as floats.
+    save_grid(image_dir / "interpolation.png", interpolate(generator, args.seed), 10)
+    # As floats, all training images might not fit into memory.
     save_grid(image_dir / "nearest.png", nearest_images(samples[:10], data.train[:20000]), 9)
     save_animation(image_dir, history)
-    print(f"\ntest set of {data.name}, weights of epoch {test['best_epoch']} (training images in "
+    print(f"\ntest set of {args.data}, weights of epoch {test['best_epoch']} (training images in "
           f"parentheses):\nFréchet distance {test['frechet']:.3f} ({test['frechet_floor']:.3f}), "
           f"density {test['density']:.2f} ({test['density_floor']:.2f}), "
           f"coverage {test['coverage']:.1%} ({test['coverage_floor']:.1%})")
@@ -441,7 +449,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
 
 def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> None:
     """Plot the history to curves.png, with the floor of the Fréchet distance."""
-    figure, axes = common.plot_history(history, args, f"DCGAN on {data.name}", {
+    figure, axes = common.plot_history(history, args, f"DCGAN on {args.data}", {
         "loss": {"discriminator": "discriminator_loss", "generator": "generator_loss"},
         "fraction told apart": {"real images": "real_accuracy",
                                 "generated images": "fake_accuracy"},
@@ -452,24 +460,24 @@ def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> 
     axis = axes["Fréchet distance"]
     axis.set_yscale("log")
     # The distance depends on the number of images, so the floor needs as many as are generated.
-    if len(data.train) >= SAMPLES:
+    if len(data.train) >= VALIDATION_SAMPLES:
         floor = frechet_distance(random_features(data.validation),
-                                 random_features(data.train[:SAMPLES]))
+                                 random_features(data.train[:VALIDATION_SAMPLES]))
         axis.axhline(floor, color="black", linewidth=1, label="training to validation images")
         axis.legend(fontsize=8)
     common.save_figure(folder / "curves.png", figure)
 
 
-def interpolate(generator: Generator, args: Namespace, device: torch.device) -> Tensor:
+def interpolate(generator: Generator, seed: int) -> Tensor:
     """Return six rows of ten images, each row from one latent vector to the next.
 
     The points cos(t) a + sin(t) b, t from 0 to pi / 2, lie on an arc and are distributed like
     latent vectors; points on the straight line are closer to the origin. White, 2016.
     """
-    ends = latent_vectors(7, args.latent, args.seed)
+    ends = latent_vectors(7, generator.latent, seed)
     t = torch.linspace(0, math.pi / 2, 10)[:, None]
     z = t.cos() * ends[:-1, None] + t.sin() * ends[1:, None]  # (6, 10, latent)
-    return generate(generator, z.flatten(0, 1), device)
+    return generate(generator, z.flatten(0, 1))
 
 
 def nearest_images(samples: Tensor, train: Tensor) -> Tensor:
@@ -483,7 +491,7 @@ def nearest_images(samples: Tensor, train: Tensor) -> Tensor:
 
 
 def image_folder(args: Namespace) -> Path:
-    """Return images/, or the folder images in --out if that is not the default."""
+    """Return images/ for the default --out; for another, its subfolder images."""
     out = Path(args.out)
     return Path("images") if out == Path("runs/gan") else out / "images"
 
@@ -493,18 +501,18 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     from torchvision.utils import save_image
     path.parent.mkdir(parents=True, exist_ok=True)
     images = F.interpolate(images.permute(0, 3, 1, 2) / 255, scale_factor=2)
-    common.write_or_warn(path, lambda path: save_image(images, path, nrow=columns, pad_value=1))
+    common.write_or_warn(path, lambda file: save_image(images, file, nrow=columns, pad_value=1))
 
 
 def save_animation(folder: Path, history: list) -> None:
     """Write progress.gif, an animation of the grids of all epochs."""
     paths = [folder / f"epoch_{row['epoch']:03}.png" for row in history]
-    # One file is open at a time. Some or all may be missing after --resume.
+    # One file is open at a time. Files may be missing if --out was renamed.
     frames = (Image.open(path) for path in paths if path.exists())
     first = next(frames, None)
     if first:
-        common.write_or_warn(folder / "progress.gif", lambda path: first.save(
-            path, save_all=True, append_images=frames, duration=200, loop=0))
+        common.write_or_warn(folder / "progress.gif", lambda file: first.save(
+            file, save_all=True, append_images=frames, duration=200, loop=0))
 
 
 def load_generator(path: Path, device: torch.device) -> Generator:
@@ -520,9 +528,9 @@ def write_samples(args: Namespace, device: torch.device) -> None:
     generator = load_generator(Path(args.out, "best.pt"), device)
     folder = image_folder(args) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    # Not the seeds of training and evaluation, so these images are new ones.
-    z = latent_vectors(args.sample, generator.latent, args.seed + 2)
-    images = generate(generator, z, device)
+    # A seed that no run's training or evaluation uses, so these images are new ones.
+    z = latent_vectors(args.sample, generator.latent, args.seed + 2 * 10**9)
+    images = generate(generator, z)
     for i, image in enumerate(images.numpy()):
         path = folder / f"{i:05}.png"
         Image.fromarray(image.squeeze()).save(path)
@@ -564,11 +572,10 @@ def main() -> None:
         write_samples(args, device)
         return
     data = load_data(args)
-    args.data = data.name  # so that --resume loads the same data set even if --data was auto
-    args.checksum = zlib.crc32(data.train.numpy())
+    args.checksum = zlib.crc32(data.train.numpy())  # load_last() refuses other data
     # At most 60 epochs, and no more than about 540,000 images in all.
     args.epochs = args.epochs or min(60, math.ceil(540_000 / len(data.train)))
-    common.describe_sets(data.name, device, data.train, data.validation, data.test)
+    common.describe_sets(args.data, device, data.train, data.validation, data.test)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)
         if common.RANK == 0:

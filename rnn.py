@@ -1,4 +1,4 @@
-"""Train LSTM and GRU on the same sequences, with the same budget, and compare them.
+"""Train LSTM, GRU and plain RNN on the same sequences, with the same budget, and compare them.
 
   python rnn.py                         two synthetic tasks: classify and generate
   python rnn.py --data reviews.csv --tokens words
@@ -35,7 +35,10 @@ LONGEST = 400  # a longer text is cut to this many tokens
 
 
 class SequenceSet(NamedTuple):
-    """A training, validation or test set, or a batch of one."""
+    """The sequences of a training, validation or test set, or of a batch.
+
+    The fields are in the order of a model's arguments.
+    """
 
     inputs: Tensor  # int64 (N, longest): tokens, and PAD after the end of a sequence
     lengths: Tensor  # int64 (N,), always on the CPU
@@ -122,10 +125,12 @@ def describe_classes(labels: list, training: list) -> list:
     counts = Counter(labels)
     classes = sorted(counts)
     print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes))
+    if len(classes) < 2:
+        raise common.UserError(f"--data: at least two classes are needed; all are {classes[0]}")
     missing = sorted(set(classes) - {labels[i] for i in training})
-    if missing or len(classes) < 2:
-        raise common.UserError("--data: at least two classes are needed, and three different texts "
-                               f"of each; there are too few of {', '.join(missing or classes)}")
+    if missing:
+        raise common.UserError("--data: at least three different texts of each class are needed; "
+                               f"there are too few of {', '.join(missing)}")
     return classes
 
 
@@ -137,25 +142,26 @@ def load_data(args: Namespace, task: str) -> Dataset:
         rows = temporal_order(args.synthetic_size, args.seed)
     else:  # sorting needs more examples; its strings are short
         rows = sorting(5 * args.synthetic_size, args.seed)
-    answers = [answer for _, answer in rows]
+    labels = [label for _, label in rows]
     sequences = tokenize([text for text, _ in rows], args.tokens)
     # A tenth is the test set, a tenth the validation set. Equal texts are in the same tenth, so
     # that none is in two sets.
-    tenths = common.split_tenths(sequences, answers, args.seed)
+    tenths = common.split_tenths(sequences, labels, args.seed)
     training = torch.where(tenths > 1)[0].tolist()
     vocabulary = build_vocabulary([sequences[i] for i in training], args.tokens)
     if task == "classify":
-        names = describe_classes(answers, training)
-        targets = torch.tensor([[names.index(answer)] for answer in answers])
+        answers = describe_classes(labels, training)
+        targets = torch.tensor([[answers.index(label)] for label in labels])
     else:
-        names = vocabulary
-        targets = pad_sequence(encode([[*answer, "<end>"] for answer in answers], names), True)
+        answers = vocabulary
+        targets = encode([[*label, SPECIAL[END]] for label in labels], vocabulary)
+        targets = pad_sequence(targets, batch_first=True)
     encoded = encode(sequences, vocabulary)
     lengths = torch.tensor([len(numbers) for numbers in encoded])
     inputs = pad_sequence(encoded, batch_first=True)
-    sets = [SequenceSet(inputs[chosen], lengths[chosen], targets[chosen])
-            for chosen in (training, tenths == 1, tenths == 0)]
-    return Dataset(task, zlib.crc32(repr(rows).encode()), vocabulary, names, *sets)
+    sets = [SequenceSet(inputs[part], lengths[part], targets[part])
+            for part in (tenths > 1, tenths == 1, tenths == 0)]
+    return Dataset(task, zlib.crc32(repr(rows).encode()), vocabulary, answers, *sets)
 
 
 def groups(task: str, lengths: Tensor) -> list:
@@ -175,8 +181,8 @@ def epoch_batches(data: Dataset, args: Namespace, epoch: int) -> list:
     """
     batches = []
     for i, group in enumerate(groups(data.task, data.train.lengths)):
-        chosen = common.shuffled_batches(len(group), args.batch_size, args.seed, epoch, i)
-        batches.extend(group[chosen])
+        places = common.shuffled_batches(len(group), args.batch_size, args.seed, epoch, i)
+        batches.extend(group[places])  # (steps, batch_size): each row is a batch
     order = np.random.default_rng((args.seed, epoch)).permutation(len(batches))
     return [batches[i] for i in order]
 
@@ -185,8 +191,9 @@ def get_batch(sequences: SequenceSet, indices: Tensor, device: torch.device) -> 
     """Return the sequences with these indices, cut to the longest of them."""
     lengths = sequences.lengths[indices]
     longest = lengths.max()
+    # Of targets: all tokens and END, or the one class.
     return SequenceSet(sequences.inputs[indices, :longest].to(device), lengths,
-                       sequences.targets[indices, :longest + 1].to(device))  # + 1 for END
+                       sequences.targets[indices, :longest + 1].to(device))
 
 
 # ---------------------------------------------------------------- Model
@@ -196,9 +203,10 @@ class Recurrent:
     """Recurrent layers, one on top of the other; a subclass says what one step computes.
 
     A mixin: `class LSTM(Recurrent, nn.LSTM)` takes parameters and attributes (num_layers, mode,
-    all_weights, ...) from nn.LSTM and replaces its forward(). inputs: float (T, N, input_size);
-    state: (layers, N, H), for the LSTM a tuple of two, hidden states and cells; zeros if None.
-    Returns the hidden states of the last layer (T, N, H), and the last state of all layers.
+    all_weights, ...) from nn.LSTM and replaces its forward(), for one direction only. inputs: float
+    (T, N, input_size); state: (layers, N, H), for the LSTM a tuple of two, hidden states and cells;
+    zeros if None. Returns the hidden states of the last layer (T, N, H), and the last state of all
+    layers.
 
     step(from_input, from_state, state) gets W_ih x_t + b_ih and W_hh h_(t-1) + b_hh, each
     (N, gates * H), and the state before the step, a list of tensors (N, H). It returns the state
@@ -219,14 +227,14 @@ class Recurrent:
                 x = F.dropout(x, self.dropout, self.training)
             # The input products do not depend on the state, so one matrix product serves all steps.
             products = F.linear(x, weight_ih, bias_ih)  # (T, N, gates * H)
-            now = [part[layer] for part in parts]  # (N, H) each
-            steps = []
+            layer_state = [part[layer] for part in parts]  # (N, H) each
+            steps = []  # the state and the gate after each step
             for from_input in products:
-                from_state = F.linear(now[0], weight_hh, bias_hh)  # (N, gates * H)
-                now, gate = self.step(from_input, from_state, now)
-                steps.append((now, gate))
+                from_state = F.linear(layer_state[0], weight_hh, bias_hh)  # (N, gates * H)
+                layer_state, gate = self.step(from_input, from_state, layer_state)
+                steps.append((layer_state, gate))
             x = torch.stack([after[0] for after, _ in steps])  # (T, N, H)
-            last.append(now)
+            last.append(layer_state)
             self.trace.append(steps)
         final = tuple(torch.stack(part) for part in zip(*last))  # (layers, N, H) each
         return x, final if is_lstm else final[0]
@@ -269,18 +277,17 @@ class GRU(Recurrent, nn.GRU):
         return [hidden], z
 
 
-CELLS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
-         "scratch": {"lstm": LSTM, "gru": GRU, "rnn": RNN}}
+BACKENDS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
+            "scratch": {"lstm": LSTM, "gru": GRU, "rnn": RNN}}
 
 
 def make_layers(hidden: int, dropout: float, cell: str = "lstm", backend: str = "torch",
                 layers: int = 2, chrono_max: float = 100) -> nn.Module:
-    """Create recurrent layers that at first keep what they hold for 1 to `chrono_max` steps.
-
-    Chrono initialization (Tallec and Ollivier, 2018).
+    """Create recurrent layers. Units of LSTM and GRU at first keep their state for about 1 to
+    `chrono_max` steps: chrono initialization (Tallec and Ollivier, 2018).
     """
     # Dropout acts between layers; a single layer has none.
-    module = CELLS[backend][cell](hidden, hidden, layers, dropout=dropout if layers > 1 else 0.0)
+    module = BACKENDS[backend][cell](hidden, hidden, layers, dropout=dropout if layers > 1 else 0.0)
     for name, bias in module.named_parameters():
         if name.startswith("bias_hh") and cell != "rnn":
             # A gate of sigmoid(log(t)) = 1 - 1 / (t + 1) keeps for about t steps.
@@ -320,7 +327,7 @@ class Seq2Seq(nn.Module):
 
     inputs: int64 (N, S), all of one length; targets: int64 (N, T). Returns float (N, T, answers).
     The decoder is fed the true token with probability `teacher_forcing`, else the one that it
-    predicted (scheduled sampling, Bengio et al., 2015). With 0, only the number of targets matters.
+    predicted (scheduled sampling, Bengio et al., 2015). With 0, only the length of targets is used.
     """
 
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
@@ -342,15 +349,15 @@ class Seq2Seq(nn.Module):
                 teacher_forcing: float) -> Tensor:
         x = self.dropout(self.embedding(inputs.t()))  # (S, N, hidden)
         _, state = self.encoder(x)
-        true = F.pad(targets.t(), (0, 0, 1, 0), value=END)  # (T + 1, N), END first
+        true = F.pad(targets.t(), (0, 0, 1, 0), value=END)[:-1]  # (T, N): END, then the targets
         if teacher_forcing == 1:
             # All inputs of the decoder are known beforehand: all steps in one call.
-            logits, _ = self.decode(true[:-1], state)  # (T, N, answers)
+            logits, _ = self.decode(true, state)  # (T, N, answers)
             return logits.transpose(0, 1)  # (N, T, answers)
         # Else one step after the other, since an input may be what the step before predicted.
         token = true[:1]  # (1, N)
         steps = []
-        for following in true[1:]:
+        for following in targets.t():
             logits, state = self.decode(token, state)  # (1, N, answers)
             steps.append(logits)
             forced = torch.rand(following.shape, device=following.device) < teacher_forcing
@@ -364,7 +371,10 @@ MODELS = {"classify": RNNClassifier, "generate": Seq2Seq}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of classes, logits (N, answers), or of tokens, logits (N, T, answers)."""
+    """Cross-entropy of classes, logits (N, answers), or of tokens, logits (N, T, answers).
+
+    No target is padding, since batches of tokens have sequences of one length (see groups()).
+    """
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
 
 
@@ -401,7 +411,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
         for indices in common.progress_bar(epoch_batches(data, args, epoch), label):
             batch = get_batch(data.train, indices, device)
             with autocast:
-                logits = ddp_model(*batch, args.teacher_forcing)  # (N, answers), (N, T, answers)
+                logits = ddp_model(*batch, args.teacher_forcing)  # (N, answers) or (N, T, answers)
             loss = cross_entropy(logits.float(), batch.targets)
             optimizer.zero_grad()
             loss.backward()
@@ -504,8 +514,7 @@ def plot_cells(path: Path, title: str, curves: dict, **labels: Any) -> None:
         alpha = 0.4 if "untrained" in name else 1
         axis.plot(range(1, len(values) + 1), values, style, alpha=alpha, label=name)
     axis.set(**labels)
-    # Words are written upward, letters as usual.
-    if max(map(len, labels.get("xticklabels", "")), default=0) > 1:
+    if any(len(label) > 1 for label in labels.get("xticklabels", "")):  # words, not letters
         axis.tick_params(axis="x", rotation=90)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -516,11 +525,11 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
     """Plot how far back gradients reach, and how far the gate that keeps is open at each token."""
     lengths = data.test.lengths
     # Equally long ones, so without padding; a hundred are enough.
-    longest = torch.where(lengths == lengths.max())[0][:100]
-    inputs, _, targets = get_batch(data.test, longest, "cpu")
+    indices = torch.where(lengths == lengths.max())[0][:100]
+    inputs, _, targets = get_batch(data.test, indices, "cpu")
     # The text whose length is nearest to 60 tokens, which fit side by side below a plot.
-    chosen = (lengths - 60).abs().argmin()
-    text = data.test.inputs[chosen, :lengths[chosen]]  # (T,)
+    nearest = (lengths - 60).abs().argmin()
+    text = data.test.inputs[nearest, :lengths[nearest]]  # (T,)
     norms = {}
     gates = {}
     for cell in cells:
@@ -532,7 +541,7 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
         model.load_state_dict(checkpoint["model"])
         norms[f"{cell} trained"] = gradient_norms(model, inputs, targets)
         if cell != "rnn":
-            model(text[None], lengths[chosen, None])
+            model(text[None], lengths[nearest, None])
             opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
             gates[f"{cell} gate"] = opened.mean(1).detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
@@ -545,8 +554,8 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
 
 def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Tensor:
     """Return the norm of the gradient of the loss with respect to what the first layer carries on,
-    the LSTM's cell or else the hidden state, 1 to T - 1 steps before the end, relative to that at
-    the end: (T - 1,), a mean over sequences.
+    the LSTM's cell or else the hidden state, 1 to T - 1 steps before the end: (T - 1,). Each is a
+    mean over sequences, divided by that at the end.
 
     The model has backend scratch. inputs: int64 (N, T), without padding; targets: int64 (N, 1).
     """
@@ -562,9 +571,9 @@ def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Ten
 def predict(args: Namespace, device: torch.device) -> None:
     """Print `text <tab> class <tab> probability` for each text of --predict."""
     # Of the classifiers in --out, the one with the best validation accuracy.
-    paths = [Path(args.out, f"classify-{cell}/best.pt") for cell in args.cells or STYLES]
+    paths = [Path(args.out, f"classify-{cell}/best.pt") for cell in args.cells or BACKENDS["torch"]]
     found = [path for path in paths if path.is_file()]
-    loaded = [load_model(path, device) for path in found or paths]
+    loaded = [load_model(path, device) for path in found or paths]  # fails if none is found
     # "metrics" is the row of the history that save_epoch() puts into best.pt.
     model, checkpoint = max(loaded, key=lambda pair: score(pair[1]["metrics"]))
     texts = [common.normalize(text) for text in common.prediction_inputs(args.predict)]
@@ -595,9 +604,10 @@ def build_parser() -> common.ArgumentParser:
     add("--tokens", choices=["chars", "words"], default="chars", help="what texts are split into")
     add("--tasks", choices=list(MODELS), nargs="+", default=list(MODELS),
         help="tasks to train; --data FILE supports classify only")
-    add("--cells", choices=list(STYLES), nargs="+",
+    add("--cells", choices=list(BACKENDS["torch"]), nargs="+",
         help="what to compare: lstm and gru; on synthetic strings to classify also rnn")
-    add("--backend", choices=list(CELLS), default="torch", help="cells of torch.nn or of this file")
+    add("--backend", choices=list(BACKENDS), default="torch",
+        help="cells of torch.nn or of this file")
     add("--hidden", type=count, default=64, help="units of a layer, and width of the embedding")
     add("--layers", type=count, default=2, help="recurrent layers")
     add("--dropout", type=probability, default=0.1, help="dropout probability")
@@ -631,7 +641,7 @@ def main() -> None:
     cells = choose_cells(args)
     datasets = [load_data(args, task) for task in cells]
     test = {}
-    rows = []
+    rows = []  # of all histories
     with common.run_folder(args) as folder:
         for data in datasets:
             args.checksum = data.checksum  # load_last() refuses other data

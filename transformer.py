@@ -27,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import common
 
-# The special tokens, first in each vocabulary: padding, end and begin of a sequence, unknown token.
+# The special tokens, first in each vocabulary: padding, end and beginning of a sequence, unknown.
 PAD, EOS, BOS, UNK = range(4)
 # The kinds of tokens, and what separates them in a text.
 SEPARATORS = {"chars": "", "words": " "}
@@ -64,7 +64,7 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> li
             bounds = 10**(length - 1), 10**length
             first = rng.randrange(*bounds)
             second = rng.randrange(*bounds)
-            source = f"{first}+{second}"[::-1]
+            source = f"{first}+{second}"[::-1]  # which reverses the digits, and keeps the sum
         else:
             source = "".join(rng.choices(string.ascii_lowercase, k=length))
         sources.add(source)
@@ -80,7 +80,7 @@ class Vocabulary:
     """Maps tokens to ids and back; sources and targets share one vocabulary."""
 
     def __init__(self, tokens: list):
-        self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]
+        self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]  # as numbered above
         self.ids = {token: i for i, token in enumerate(tokens, UNK + 1)}
 
     def encode(self, rows: list, device: torch.device) -> Tensor:
@@ -98,7 +98,7 @@ class Vocabulary:
 
 
 class Dataset(NamedTuple):
-    """Three lists of pairs (source tokens, target tokens). No source is in two of them."""
+    """Lists of pairs (source tokens, target tokens). No source is in two of them."""
 
     name: str
     vocabulary: Vocabulary
@@ -150,7 +150,7 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    # Splitting evenly may halve a batch; even then each process gets a pair of it.
+    # The batches are equally large, at least half of batch_size; each process gets a pair of each.
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
@@ -188,10 +188,11 @@ class MultiHeadAttention(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
-        """Return keys and values (N, heads, S, d_k) of memory, with a cache after those of earlier
-        calls. So cross-attention passes its memory once, and then None.
+        """Return keys and values (N, heads, S, d_k) of memory. A cache keeps them, and those of a
+        later call are appended. Cross-attention needs none after its first call: its memory is
+        None then.
         """
-        if memory is None:  # they are all in the cache
+        if memory is None:
             return cache[self]
         both = self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
         if cache is not None:
@@ -205,8 +206,7 @@ class MultiHeadAttention(nn.Module):
         """Each position of x (N, T, d_model) looks at the positions of memory (N, S, d_model) where
         the mask, broadcast to (N, heads, T, S), is True -> (N, T, d_model).
 
-        cache: {module: (keys, values)}, to which those of memory are appended; if memory is None,
-        the cache is used as it is.
+        cache: {module: (keys, values)}
         """
         # 1) Project: queries from x, keys and values from memory.
         query = self.split_heads(self.query(x))  # (N, heads, T, d_k)
@@ -342,6 +342,7 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     """
     # Each hypothesis has a row: there are N * beam rows, and those of a source are side by side.
     memory, source_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(source))
+    # The row of each source's first hypothesis, (N, 1).
     first_row = torch.arange(0, len(memory), beam, device=source.device).unsqueeze(1)
     vocabulary_size = len(model.embedding.weight)
     tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
@@ -358,15 +359,15 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         log_probabilities[ended, PAD] = 0
         # Rank all continuations of a source, numbered hypothesis * vocabulary_size + token.
         totals = scores.view(-1, 1) + log_probabilities  # (N * beam, vocabulary)
-        scores, best = totals.view(len(source), -1).topk(beam)  # (N, beam)
-        rows = (first_row + best // vocabulary_size).flatten()
-        newest = (best % vocabulary_size).view(-1, 1)  # (N * beam, 1)
+        scores, chosen = totals.view(len(source), -1).topk(beam)  # (N, beam)
+        rows = (first_row + chosen // vocabulary_size).flatten()  # of the hypotheses that go on
+        newest = (chosen % vocabulary_size).view(-1, 1)  # (N * beam, 1)
         tokens = torch.cat([tokens[rows], newest], dim=1)
         # A step never raises a score: once the best hypothesis has ended, it stays the best.
         if (tokens[::beam, -1] <= EOS).all():
             break
         memory = None  # its keys and values are in the cache
-        if beam > 1:
+        if beam > 1:  # else each row continues itself
             for module, (key, value) in cache.items():
                 cache[module] = key[rows], value[rows]
     return tokens[::beam, 1:], scores[:, 0]
@@ -436,7 +437,6 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             logits = logits[kept].float()  # (tokens, vocabulary)
             labels = target[kept]
             loss = cross_entropy(logits, labels, args.label_smoothing)
-            # Backward pass, and a step along the gradient.
             optimizer.zero_grad()
             loss.backward()
             norm = common.clip_gradients(model, args.clip)
@@ -446,7 +446,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # By greedy decoding, which is faster than beam search.
+        # With a beam of 1 (greedy decoding), which is faster.
         validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
                                              device)
         row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **common.means(metrics),
@@ -459,7 +459,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         best = None  # the best epoch is chosen by the validation set only
         if common.epochs_since_best(history, score) == 0:
             best = {"model": model.state_dict(), "options": options,
-                    "tokens": data.vocabulary.tokens[UNK + 1:],
+                    "tokens": list(data.vocabulary.ids),
                     "source_tokens": args.source_tokens, "target_tokens": args.target_tokens}
         common.save_epoch(folder, args, history, state, best)
     return history
@@ -550,8 +550,8 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
 
 def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
                    device: torch.device, title: str) -> None:
-    """Plot the cross-attention of the last decoder layer under teacher forcing, for the first 20
-    tokens of source and target.
+    """Plot the cross-attention of the last decoder layer under teacher forcing, for a pair of which
+    source and target are cut to 20 tokens.
     """
     source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
     with torch.no_grad():
@@ -559,8 +559,8 @@ def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair:
     weights = model.decoder[-1].cross_attention.attention_weights.cpu()  # (heads, T, S)
     read = [common.escape_dollars(vocabulary.tokens[i]) for i in source[0]]
     written = [common.escape_dollars(vocabulary.tokens[i]) for i in target[0]]
-    columns = 2 - len(weights) % 2
-    rows = math.ceil(len(weights) / columns)
+    columns = 1 if len(weights) % 2 else 2  # so that no panel stays empty
+    rows = len(weights) // columns
     figure, axes = common.new_figure(rows, columns, (8.3, 4 * rows), f"{title}: cross-attention")
     for head, axis in zip(weights, axes.flat):
         axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
@@ -608,11 +608,13 @@ def build_parser() -> common.ArgumentParser:
     add = parser.add_argument_group("options of the Transformer").add_argument
     add("--data", default="synthetic", help="synthetic, or a CSV or TSV file: source, target")
     add("--task", choices=TASKS, default="reverse", help="the synthetic task")
-    add("--synthetic-size", type=count, default=50000, help="number of synthetic pairs")
+    add("--synthetic-size", type=common.number(int, 10), default=50000,
+        help="number of synthetic pairs")
     add("--source-tokens", choices=SEPARATORS, default="chars", help="tokens of a source")
     add("--target-tokens", choices=SEPARATORS, default="chars", help="tokens of a target")
     add("--max-length", type=count, default=256, help="most tokens in a source or target")
-    add("--d-model", type=count, default=64, help="width of the model, a multiple of --heads")
+    add("--d-model", type=count, default=64,
+        help="width of the model: even, and a multiple of --heads")
     add("--heads", type=count, default=4, help="attention heads in a layer")
     add("--layers", type=count, default=2, help="layers of the encoder, and of the decoder")
     add("--d-ff", type=count, default=256, help="hidden width of the feed-forward networks")
@@ -632,7 +634,7 @@ def main() -> None:
         predict(args, device)
         return
     data = load_data(args)
-    args.checksum = zlib.crc32(repr(data.train).encode())
+    args.checksum = zlib.crc32(repr(data.train).encode())  # load_last() refuses other data
     common.describe_sets(data.name, device, data.train, data.validation, data.test)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)

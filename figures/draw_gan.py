@@ -62,8 +62,8 @@ def model():
     for start, end in ((0.4, 0.95), (1.6, 2.05), (2.7, 3.15), (3.85, 4.4), (5.5, 6.15),
                        (6.85, 7.35), (8.0, 8.55), (9.2, 9.5)):
         draw.arrow(axis, (start, 0), (end, 0))
-    text(axis, 2.4, 0.85, "generator: each step doubles the side", 11)
-    text(axis, 7.9, 0.85, "discriminator: each step halves the side", 11)
+    text(axis, 2.4, 0.85, "generator: the side grows", 11)
+    text(axis, 7.9, 0.85, "discriminator: the side shrinks", 11)
     draw.save(figure, "gan_model")
 
 
@@ -202,7 +202,7 @@ def losses():
         axis.axvspan(-6, -2, color="0.92", zorder=0)
         axis.grid(alpha=0.3)
     left.legend(frameon=False)
-    right.text(-4, 0.5, "found out", ha="center", va="center")
+    right.text(-4, 0.5, "judged\ngenerated", ha="center", va="center")
     draw.save(figure, "gan_losses")
 
 

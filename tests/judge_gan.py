@@ -75,7 +75,7 @@ def main():
     model = train_classifier(enlarge(images), labels)
     generator = gan.load_generator(Path(args.out, "best.pt"), CPU)
     latent = gan.latent_vectors(args.samples, generator.latent, seed=1)
-    fake = gan.generate(generator, latent, CPU)
+    fake = gan.generate(generator, latent)
     predicted = report(model, classes, "real test images", test)
     print(f"  accuracy {(predicted == test_labels).float().mean():.2%}")
     report(model, classes, "generated images", fake)

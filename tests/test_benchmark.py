@@ -19,7 +19,7 @@ def test_ours_and_the_usual_way_are_measured(monkeypatch, what):
     if OLD and what == "transformer":
         pytest.skip("torch.nn.Transformer has no norm_first")
     monkeypatch.setattr(benchmark, "EXAMPLES", SMALL)
-    monkeypatch.setattr(benchmark.gan, "SAMPLES", benchmark.FEW)
+    monkeypatch.setattr(benchmark.gan, "VALIDATION_SAMPLES", benchmark.FEW)
     programs = benchmark.MEASURES[what](["--device", "cpu"])
     assert list(programs) == QUANTITIES[what]
     for ours, usual in programs.values():

@@ -478,9 +478,9 @@ def test_no_image_is_in_two_sets():
     assert len(values["test"]) == len(values["val"]) == 6
     given = {"train": (images[:60], labels[:60]), "test": (images[50:70], labels[50:70])}
     common.make_disjoint_sets(given, seed=0)
-    with pytest.raises(common.UserError, match="no image is left for the val set"):
+    with pytest.raises(common.UserError, match="fewer than two different images are left for"):
         common.make_disjoint_sets({"train": (images, labels), "test": (images, labels),
-                              "val": (images, labels)}, seed=0)
+                                   "val": (images, labels)}, seed=0)
     assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40
 
 

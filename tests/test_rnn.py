@@ -38,8 +38,8 @@ def outputs_and_gradients(module, x, state):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_cells_equal_those_of_the_library(cell, layers, dtype, tolerance):
     torch.manual_seed(0)
-    library = rnn.CELLS["torch"][cell](5, 7, layers).to(dtype)
-    scratch = rnn.CELLS["scratch"][cell](5, 7, layers).to(dtype)
+    library = rnn.BACKENDS["torch"][cell](5, 7, layers).to(dtype)
+    scratch = rnn.BACKENDS["scratch"][cell](5, 7, layers).to(dtype)
     scratch.load_state_dict(library.state_dict())
     x = torch.randn(9, 4, 5, dtype=dtype)
     state = [torch.randn(layers, 4, 7, dtype=dtype) for _ in range(2 if cell == "lstm" else 1)]
@@ -186,7 +186,7 @@ def test_batches_of_sorting_hold_one_length_and_all_strings_but_the_ends():
 
 @pytest.mark.parametrize("rows, message", [
     ([("a", "x"), ("b", "y"), ("c", "y"), ("d", "y")], "there are too few of x"),
-    ([("a", "x"), ("b", "x"), ("c", "x")], "there are too few of x"),
+    ([("a", "x"), ("b", "x"), ("c", "x")], "at least two classes are needed; all are x"),
     (3 * [("a", "x")] + [("b", "y"), ("c", "y"), ("d", "y")], "there are too few of x"),
     ([], "no rows below the header"),
     ([("My order, please", "x"), ("My", "order", "x")], "line 3")])
