@@ -84,7 +84,7 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 
-# Folder names, in lower case, of a data set that is already split.
+# Folder names, in lower case, of a data set that is already split; similar names are an error.
 SET_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 LOOKS_LIKE_A_SET = r"(train|test|val|valid|validation)(ing)?[-_ ]*(set|data|images|split)?"
 
@@ -94,7 +94,7 @@ def subfolders(folder: Path) -> dict:
 
     They are sorted by their normalized names, so that a class has the same number in each set.
     """
-    paths = {common.normalize(path.name): path for path in folder.iterdir()
+    paths = {common.clean_text(path.name): path for path in folder.iterdir()
              if path.is_dir() and common.is_visible(path.name)}
     return dict(sorted(paths.items()))
 
@@ -112,9 +112,12 @@ def find_sets(root: Path) -> dict:
         elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
             raise common.UserError(f"--data {root}: rename {name} to train, val or test")
     # A lone folder called train beside other folders is a class: vehicles/bus, vehicles/train.
-    if "train" in sets and (len(sets) > 1 or len(folders) == 1):
-        return sets
-    return {"train": root}
+    if not sets or len(sets) == 1 < len(folders):
+        return {"train": root}
+    if "train" not in sets or len(sets) < len(folders):
+        raise common.UserError(f"--data {root}: beside train there may be val and test, and no "
+                               f"other folder; found {', '.join(folders)}")
+    return sets
 
 
 def load_image_folder(args: Namespace) -> tuple:
@@ -151,30 +154,30 @@ def load_image_folder(args: Namespace) -> tuple:
 
 
 def load_data(args: Namespace) -> Dataset:
-    """Load what `--data` names; `auto` falls back to synthetic shapes and says why."""
-    name = args.data
-    if name in ("auto", "cifar10"):
-        if args.size != 32:
-            raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
+    """Load what `--data` names. Replace `auto` with `cifar10` or, if it cannot be loaded, with
+    `synthetic`, so that a resumed run has the same data.
+    """
+    if args.data in ("auto", "cifar10") and args.size != 32:
+        raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
+    if args.data == "auto":
+        args.data = "cifar10"
         try:
-            sets, classes = common.load_torchvision("CIFAR10", args.data_dir)
-            name = "cifar10"
+            return load_data(args)
         except common.UserError as error:
-            if name != "auto":
-                raise
             common.warn(f"{error}; training on synthetic shapes instead")
-            name = "synthetic"
-    elif name != "synthetic":
-        sets, classes = load_image_folder(args)
-    if name == "synthetic":  # asked for, or the fallback
+            args.data = "synthetic"
+    if args.data == "synthetic":
         classes = list(SHAPES)
-        count = args.synthetic_size
-        sets = {"train": synthetic_shapes(count, args.size, args.seed),
-                "test": synthetic_shapes(count // 5, args.size, args.seed + 10**9)}
+        sets = {"train": synthetic_shapes(args.synthetic_size, args.size, args.seed),
+                "test": synthetic_shapes(args.synthetic_size // 5, args.size, args.seed + 10**9)}
+    elif args.data == "cifar10":
+        sets, classes = common.load_torchvision("CIFAR10", args.data_dir)
+    else:
+        sets, classes = load_image_folder(args)
+    # Of a folder, no more than these have been read.
     sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
     common.make_disjoint_sets(sets, args.seed)
-    train, validation, test = (ImageSet(*sets[key]) for key in ("train", "val", "test"))
-    return Dataset(name, classes, train, validation, test)
+    return Dataset(args.data, classes, *(ImageSet(*sets[key]) for key in ("train", "val", "test")))
 
 
 def describe_classes(data: Dataset) -> None:
@@ -206,18 +209,17 @@ def random_crop_flip(images: Tensor, indices: Tensor, max_shift: int, flip: bool
     Pixels shifted in are reflected (reflection padding). One indexing operation does all of it:
     `rows` and `columns` are the positions that the output pixels come from.
 
-    images: uint8 (N, H, W, C); indices: int64 (B,). Returns uint8 (B, H, W, C).
+    images: uint8 (N, size, size, 3); indices: int64 (B,). Returns uint8 (B, size, size, 3).
     """
-    batch = len(indices)
-    height, width = images.shape[1:3]
-    device = images.device
+    batch, size, device = len(indices), images.shape[1], images.device
     shift = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), device=device)
-    rows = reflect(torch.arange(height, device=device) + shift[0], height)  # (B, H)
-    columns = reflect(torch.arange(width, device=device) + shift[1], width)  # (B, W)
+    positions = torch.arange(size, device=device)
+    rows = reflect(positions + shift[0], size)  # (B, size)
+    columns = reflect(positions + shift[1], size)  # (B, size)
     if flip:
         flipped = torch.rand(batch, 1, device=device) < 0.5
         columns = torch.where(flipped, columns.flip(1), columns)
-    # Three index tensors that broadcast to (B, H, W): which image, which row, which column.
+    # Three index tensors that broadcast to (B, size, size): which image, which row, which column.
     return images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
@@ -306,7 +308,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def score(row: dict) -> tuple:
-    """Return what epochs are compared by: validation accuracy, then the lower validation loss."""
+    """Return the score of an epoch: validation accuracy and, if equal, the lower loss."""
     return row["validation_accuracy"], -row["validation_loss"]
 
 
@@ -315,7 +317,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     torch.manual_seed(args.seed)
     # Every tenth image is enough for mean and std.
     pixels = data.train.images[::10].reshape(-1, 3).float() / 255  # (N, 3)
-    options = {
+    options = {  # of CNN(), for load_model()
         "classes": len(data.classes), "size": args.size, "widths": args.widths,
         "convs": args.convs, "hidden": args.hidden, "dropout": args.dropout,
         "batch_norm": not args.no_batch_norm}
@@ -324,7 +326,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     # The training set is kept on the device, so a batch is one indexing operation.
     images = data.train.images.to(device)
     labels = data.train.labels.to(device)
-    steps = len(common.shuffled_batches(len(labels), args.batch_size))  # in an epoch
+    steps = len(common.shuffled_batches(len(labels), args.batch_size))  # in any epoch
     optimizer = torch.optim.SGD(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                 momentum=0.9, nesterov=True)
     scheduler = common.make_scheduler(optimizer, args, steps)
@@ -357,7 +359,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
         validation = common.on_first_process(measure, model, data.validation, flip, device)
-        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **common.means(metrics),
+        row = {"epoch": epoch, **common.means(metrics),
                "validation_loss": validation["loss"],
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
@@ -404,13 +406,13 @@ def measure(model: CNN, data: ImageSet, flip: bool, device: torch.device) -> dic
 
 
 def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
-    """Return the expected calibration error (Guo et al., 2017): the mean, weighted by their images,
-    of |accuracy - mean confidence| over `bins` bins of confidence.
+    """Return the expected calibration error (Guo et al., 2017): the mean of |accuracy - mean
+    confidence| over `bins` bins of confidence, each weighted by its number of images.
 
     logits: float (N, classes); labels: int64 (N,).
     """
     confidence, predicted = F.softmax(logits, dim=1).max(1)
-    gaps = (predicted == labels).double() - confidence.double()
+    gaps = (predicted == labels).double() - confidence
     bin_of_each = (confidence * bins).long().clamp(max=bins - 1)
     sums = torch.zeros(bins).double().index_add(0, bin_of_each, gaps)  # a sum for each bin
     return (sums.abs().sum() / len(labels)).item()
@@ -420,7 +422,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
     """Measure the best model on the test set; draw the plots; write summary.json."""
     model, checkpoint = load_model(folder / "best.pt", device)
-    # Until here the test set has not been used.
+    # Until here, no choice has depended on the test set.
     logits = predict_logits(model, data.test.images, checkpoint["flip"], device)
     labels = data.test.labels
     test = common.classification_report(logits.argmax(1), labels, data.classes)
@@ -451,8 +453,7 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
     confusion = (labels * count + predicted).bincount(minlength=count**2).view(count, count)
     fraction = confusion.float() / confusion.sum(1, keepdim=True).clamp(min=1)
     inches = 3 + 0.42 * min(count, 50)
-    figure, axes = common.new_figure(1, 1, (inches + 1, inches), title)
-    axis = axes[0, 0]
+    figure, ((axis,),) = common.new_figure(1, 1, (inches + 1, inches), title)
     colors = axis.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(colors, label="fraction of the true class")
     names = [common.escape_dollars(name) for name in classes]
@@ -468,7 +469,7 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
 
 def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> None:
     """Plot two rows of correctly classified test images, and two rows of misclassified ones: first
-    the most confident predictions, then a sample of the others.
+    the most confident predictions, then some of the others.
     """
     columns = 8
     confidence, predicted = F.softmax(logits, dim=1).max(1)
@@ -490,10 +491,10 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     common.save_figure(path, figure)
 
 
-def load_model(path: Path, device: torch.device) -> tuple[CNN, dict]:
+def load_model(path: Path, device: torch.device) -> tuple:
     """Return the model saved at `path`, and its checkpoint."""
     checkpoint = common.load_checkpoint(path, "cnn.py")
-    model = CNN(**checkpoint["options"])
+    model = CNN(**checkpoint["options"])  # mean and std come with the weights
     model.load_state_dict(checkpoint["model"])
     return model.to(device), checkpoint
 
@@ -528,7 +529,7 @@ def build_parser() -> common.ArgumentParser:
     add("--hidden", type=count, default=256, help="width of the fully connected layer")
     add("--dropout", type=fraction, default=0.2, help="dropout probability")
     add("--label-smoothing", type=fraction, default=0.1, help="label smoothing")
-    # Less than the smallest --size, or reflect() would not find its way back.
+    # Less than the smallest --size, since reflect() folds a position back only once.
     add("--crop", type=common.number(int, 0, 7), default=3, help="largest random shift, in pixels")
     add("--no-flip", action="store_true", help="do not flip images (for digits or text)")
     add("--no-batch-norm", action="store_true", help="do not use batch norm")
@@ -545,8 +546,8 @@ def main() -> None:
         predict(args, device)
         return
     data = load_data(args)
-    args.data = data.name  # so that --resume loads the same data set even if --data was auto
-    args.checksum = zlib.crc32(data.train.images.numpy())
+    # load_last() refuses other data.
+    args.checksum = zlib.crc32(data.train.images.numpy(), zlib.crc32(data.train.labels.numpy()))
     common.describe_sets(data.name, device, data.train.labels, data.validation.labels,
                          data.test.labels)
     describe_classes(data)

@@ -45,9 +45,9 @@ def run_main(main: Callable) -> None:
     """Run `main()`. Errors that the user can fix are printed as one line, with exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    # What PyTorch warns of is for those who write code.
+    # PyTorch's own warnings are of no use to a user.
     warnings.filterwarnings("ignore", module=r"torch\b")
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # it is called otherwise now
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in 2.13
     try:
         start_processes()
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
@@ -88,7 +88,7 @@ def start_processes() -> None:
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    if RANK > 0 or WORLD > 1:
+    if RANK > 0 or WORLD > 1:  # RANK alone is an error
         try:
             dist.init_process_group("gloo")
         except ValueError as error:
@@ -109,20 +109,19 @@ def wrap_model(model: nn.Module, args: Namespace, device: torch.device) -> nn.Mo
 
 
 def on_first_process(function: Callable, *arguments: Any) -> Any:
-    """Call a function in the first process only; return its result, or raise its UserError, in all
-    of them.
+    """Call a function in the first process only; return its result, or raise its error, in all of
+    them.
     """
     result = problem = None
     if RANK == 0:
         try:
             result = function(*arguments)
-        except UserError as error:
-            problem = error
+        except (UserError, OSError) as error:
+            problem = error  # sent to all: if the first alone stopped, the others would wait for it
     if WORLD > 1:
         shared = [result, problem]
         dist.broadcast_object_list(shared, src=0)
         result, problem = shared
-    # If the first process alone raised it, the others would wait for it forever.
     if problem:
         raise problem
     return result
@@ -148,7 +147,7 @@ def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 # With weights_only, torch.load() runs no code from the file; in 1.13 it rejects floats.
 SAFE_LOADING = {"weights_only": True} if VERSION >= (2, 0) else {}
-# AdamW in one pass over all parameters; in earlier versions it is for CUDA only.
+# AdamW in one pass over all parameters; before 2.5 not on every device.
 FUSED = {"fused": True} if VERSION >= (2, 5) else {}
 # Whether the CPU has instructions for bfloat16; old versions of PyTorch cannot tell.
 try:
@@ -166,7 +165,7 @@ def select_device(name: str) -> torch.device:
         name = f"cuda:{LOCAL_RANK}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).cpu()  # it may have a name and not work
+        torch.zeros(1, device=device).cpu()  # a device may have a name, and yet not work
     except Exception as error:
         raise UserError(f"--device {name}: {str(error)[:200]}") from None
     if device.type == "cuda":
@@ -175,28 +174,27 @@ def select_device(name: str) -> torch.device:
 
 
 def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> Any:
-    """Return the autocast context of a forward pass. `auto` is bfloat16 where the device has it.
+    """Return the autocast context of a forward pass.
 
-    cpu_gains: whether bfloat16 is faster on a CPU, too, as it is for large matrices.
+    `auto` is bfloat16 where the device has it; on a CPU only if `cpu_gains`, as by large matrices.
     """
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        has_bfloat16 = VERSION >= (1, 10) and capability >= (8, 0)
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        has_bfloat16 = VERSION >= (1, 10) and torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         has_bfloat16 = device.type == "cpu" and CPU_HAS_BFLOAT16
     if precision == "auto":
-        gains = cpu_gains or device.type == "cuda"
-        precision = "bfloat16" if has_bfloat16 and gains else "float32"
+        precision = "bfloat16" if has_bfloat16 and (on_gpu or cpu_gains) else "float32"
     if precision == "float32":
         return contextlib.nullcontext()
     if not has_bfloat16:
         raise UserError("--precision bfloat16: this device (or PyTorch) does not have it; use auto")
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
 # ---------------------------------------------------------------- Command line
 
-# Options that may change when a run is resumed; all others keep the values it began with.
+# Options that may be given anew with --resume; another value for any other one is an error.
 RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "device", "precision",
              "compile", "resume"}
 
@@ -207,7 +205,9 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The description as it is written; default values, except of flags or if there are none."""
+    """Keeps the line breaks of the description, and shows default values that are not None, except
+    of flags.
+    """
 
     def _get_help_string(self, action):
         if action.default is None or action.nargs == 0:
@@ -247,8 +247,9 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     if hasattr(torch, "compile"):
         add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
-    # subfolder: where the checkpoints are, as a pattern relative to --out.
-    parser.set_defaults(**{"script": script, "subfolder": ".", "compile": False, **defaults})
+    # subfolder: of --out, where the checkpoints are; a pattern if there are several.
+    parser.set_defaults(script=script, subfolder=".", compile=False)
+    parser.set_defaults(**defaults)
     return parser
 
 
@@ -370,7 +371,8 @@ def load_last(folder: Path, args: Namespace, state: dict) -> list:
 
 def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
                best: dict | None) -> None:
-    """Write history.csv; best.pt, if this is the best epoch so far; last.pt, for --resume.
+    """Write history.csv; last.pt, which load_last() reads; and, if this is the best epoch so far,
+    best.pt: `best`, with "script" and "metrics", the last row of the history, added.
 
     Raises UserError, and writes nothing, if a value in the history's last row is not finite.
     """
@@ -384,7 +386,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
     table = "\n".join(",".join(map(str, line)) for line in lines)
     write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
     if best:
-        best.update(script=args.script, metrics=history[-1])
+        best = {**best, "script": args.script, "metrics": history[-1]}
         save_checkpoint(folder / "best.pt", best)
     last = {name: part.state_dict() for name, part in state.items()}
     last.update(script=args.script, options=vars(args), history=history)
@@ -392,7 +394,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
 
 
 def write_or_warn(path: Path, write: Callable) -> None:
-    """Call write(path); warn if it fails because another program has the file open."""
+    """Call write(path); warn if it is not permitted, as where another program has the file open."""
     try:
         write(path)
     except PermissionError as error:
@@ -424,6 +426,7 @@ def warmup_cosine(progress: float, warmup: float) -> float:
     It rises linearly during `warmup` (Goyal et al., 2017), and then falls to 0 along half a cosine
     (Loshchilov and Hutter, 2017).
     """
+    # min(), since the scheduler asks once more after the last step.
     if progress < warmup:
         return progress / warmup
     return 0.5 + 0.5 * math.cos(math.pi * min(1, (progress - warmup) / (1 - warmup)))
@@ -448,14 +451,11 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 def means(steps: list) -> dict:
     """Return the mean of each metric over the steps of an epoch.
 
-    steps: {name: tensor ()} of each step. The tensors stay on the device until here, so that no
-    step waits for it. With several processes, each has the means over its own examples.
+    steps: a dict {name: tensor ()} for each step. The tensors stay on the device until here, so
+    that no step waits for it. With several processes, each has the means over its own examples.
     """
-    found = {}
-    for name in steps[0]:
-        values = torch.stack([step[name] for step in steps])
-        found[name] = values.float().mean().item()
-    return found
+    return {name: torch.stack([step[name] for step in steps]).float().mean().item()
+            for name in steps[0]}
 
 
 def epochs_since_best(history: list, score: Callable) -> int:
@@ -532,10 +532,11 @@ def save_figure(path: Path, figure: Any) -> None:
 
 
 def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tuple:
-    """Plot {ylabel: {label: column}} over the epochs, a panel each, and the learning rate.
+    """Plot the history: a panel for each {ylabel: {label: column}}, with up to three curves, and
+    one for the learning rate. Returns the figure and {ylabel: axis}, for a script to add to.
 
-    One panel is "gradient norm"; columns of the history called "... clipped" are the fractions of
-    clipped steps. Returns the figure and {ylabel: axis}, for a script to add to.
+    The panel "gradient norm" is required; it also shows the limit, and the mean of the columns
+    "... clipped". The axis of a "fraction ..." ends at 1.
     """
     rows = len(panels) // 2 + 1
     figure, grid = new_figure(rows, 2, (8.3, 2.8 * rows), title)
@@ -579,9 +580,10 @@ def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
 
 
 def make_disjoint_sets(sets: dict, seed: int) -> None:
-    """Take a missing "test" or "val" from "train", a tenth of it, and leave no image in two sets.
+    """Take a tenth of "train" for each of "test" and "val" that is missing; then leave no image in
+    two sets.
 
-    sets: {"train": (images, labels), ...}, changed in place; images are compared as they were read.
+    sets: {"train": (images, labels), ...}, changed in place. Equal images are equal in all pixels.
     """
     def contents(images):
         return [hash(image.tobytes()) for image in images.numpy()]
@@ -607,11 +609,11 @@ def describe_sets(name: str, device: torch.device, *sets: Sequence) -> None:
     sizes = [len(examples) for examples in sets]
     print("{}, on {}: {:,} training, {:,} validation and {:,} test examples".format(
         name, device, *sizes), flush=True)
-    if min(sizes) < 30:
+    if min(sizes[1:]) < 30:
         warn("with fewer than 30 examples to validate or test on, the results are mostly chance")
 
 
-def normalize(text: str) -> str:
+def clean_text(text: str) -> str:
     """Normalize a text to Unicode's form NFC, and collapse its white space."""
     return " ".join(unicodedata.normalize("NFC", text).split())
 
@@ -638,7 +640,7 @@ def read_table(path: str, names: tuple) -> list:
             if len(row) != len(header):
                 raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; a text "
                                  "with a comma in it needs quotation marks around it")
-            cells = tuple(normalize(row[column]) for column in columns)
+            cells = tuple(clean_text(row[column]) for column in columns)
             if "" in cells or tuple(map(str.lower, cells)) == names:
                 raise ValueError("an empty cell or a repeated header; correct or delete the line")
             rows.append(cells)

@@ -325,8 +325,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
         samples = generate(generator_ema, fixed_z)
         quality = common.on_first_process(measure, real_features, samples)
-        row = {"epoch": epoch, "learning_rate": scheduler_g.get_last_lr()[0],
-               **common.means(metrics), **quality, "seconds": time.perf_counter() - start}
+        row = {"epoch": epoch, **common.means(metrics), **quality,
+               "seconds": time.perf_counter() - start}
         history.append(row)
         print(f"epoch {epoch:2}/{args.epochs}  losses {row['discriminator_loss']:.2f}, "
               f"{row['generator_loss']:.2f}  Fréchet {row['frechet']:.3f}, "

@@ -281,6 +281,15 @@ BACKENDS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
             "scratch": {"lstm": LSTM, "gru": GRU, "rnn": RNN}}
 
 
+def make_embedding(vocabulary_size: int, hidden: int) -> nn.Embedding:
+    """Create an embedding. Its vectors are small at first, because those of rare tokens are hardly
+    trained: large random ones would be noise that the layers above learn by heart.
+    """
+    embedding = nn.Embedding(vocabulary_size, hidden)
+    nn.init.normal_(embedding.weight, std=0.1)
+    return embedding
+
+
 def make_layers(hidden: int, dropout: float, cell: str = "lstm", backend: str = "torch",
                 layers: int = 2, chrono_max: float = 100) -> nn.Module:
     """Create recurrent layers. Units of LSTM and GRU at first keep their state for about 1 to
@@ -308,7 +317,7 @@ class RNNClassifier(nn.Module):
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, hidden)
+        self.embedding = make_embedding(vocabulary_size, hidden)
         self.layers = make_layers(hidden, dropout, **recurrent)
         self.batch_norm = nn.BatchNorm1d(hidden)
         self.dropout = nn.Dropout(dropout)
@@ -333,7 +342,7 @@ class Seq2Seq(nn.Module):
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
-        self.embedding = nn.Embedding(vocabulary_size, hidden)
+        self.embedding = make_embedding(vocabulary_size, hidden)
         self.encoder = make_layers(hidden, dropout, **recurrent)
         self.decoder = make_layers(hidden, dropout, **recurrent)
         self.dropout = nn.Dropout(dropout)
@@ -421,7 +430,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
             metrics.append({"train_loss": loss.detach(), "gradient_norm": norm,
                             "clipped": norm > args.clip})
         validation = common.on_first_process(measure, model, data.task, data.validation, device)
-        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **common.means(metrics),
+        row = {"epoch": epoch, **common.means(metrics),
                "validation_loss": validation["loss"],
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
@@ -576,7 +585,7 @@ def predict(args: Namespace, device: torch.device) -> None:
     loaded = [load_model(path, device) for path in found or paths]  # fails if none is found
     # "metrics" is the row of the history that save_epoch() puts into best.pt.
     model, checkpoint = max(loaded, key=lambda pair: score(pair[1]["metrics"]))
-    texts = [common.normalize(text) for text in common.prediction_inputs(args.predict)]
+    texts = [common.clean_text(text) for text in common.prediction_inputs(args.predict)]
     sequences = tokenize(texts, checkpoint["tokens"])
     unknown = sorted(set().union(*sequences).difference(checkpoint["vocabulary"]))
     if unknown:

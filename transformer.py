@@ -449,7 +449,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         # With a beam of 1 (greedy decoding), which is faster.
         validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
                                              device)
-        row = {"epoch": epoch, "learning_rate": scheduler.get_last_lr()[0], **common.means(metrics),
+        row = {"epoch": epoch, **common.means(metrics),
                **{f"validation_{name}": value for name, value in validation.items()},
                "seconds": time.perf_counter() - start}
         history.append(row)
@@ -581,7 +581,7 @@ def load_model(path: Path, device: torch.device) -> tuple:
 def predict(args: Namespace, device: torch.device) -> None:
     """Print `source <tab> target <tab> probability` for each text of --predict."""
     model, vocabulary, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    texts = [common.normalize(text) for text in common.prediction_inputs(args.predict)]
+    texts = [common.clean_text(text) for text in common.prediction_inputs(args.predict)]
     sources = [split_tokens(text, checkpoint["source_tokens"]) for text in texts]
     longest = max(map(len, sources), default=0)
     if longest >= len(model.positions):

@@ -50,7 +50,7 @@ def stack(axis, x, y, sublayers):
         heights.append(y + 1.1)
         y += 2.0
     draw.box(axis, x + 1.05, (bottom + y) / 2 - 0.12, 3.5, y - bottom + 0.05, "", "none")
-    text(axis, x - 0.6, y - 0.02, "× 2", 11, ha="right")
+    text(axis, x - 0.6, y + 0.1, "× 2", 11, ha="right")
     return heights, y
 
 
@@ -73,11 +73,12 @@ def block():
     draw.arrow(axis, (x, top + 0.77), (x, top + 1.12))
     draw.arrow(axis, (x, top + 1.77), (x, top + 2.1))
     text(axis, x, top + 2.4, "logits of the next tokens\nb a c <eos>")
-    # The encoder's output goes to the cross-attention, in front of the decoder's straight path.
+    # The encoder's output crosses the decoder's straight path by a bridge.
     memory, y = {"color": MEMORY, "linewidth": 2.2}, heights[1] - 0.1
-    line(axis, (0, 4.77), (0, 5.3), (4.4, 5.3), (4.4, y), (6.1, y), **memory)
-    line(axis, (6.5, y), (6.8, y), **memory)
-    draw.arrow(axis, (6.5, y), (6.95, y), color=MEMORY)
+    bridge = [(6.3 - 0.22 * math.cos(turn), y + 0.22 * math.sin(turn))
+              for turn in torch.linspace(0, math.pi, 31).tolist()]
+    line(axis, (0, 4.77), (0, 5.3), (4.4, 5.3), (4.4, y), *bridge, (6.85, y), **memory)
+    draw.arrow(axis, (6.7, y), (6.98, y), color=MEMORY)
     text(axis, 2.2, 5.55, "encoder output: keys and values", 9, color=MEMORY)
     text(axis, 0, -2.75, "ENCODER", 11, weight="bold")
     text(axis, 6.3, -2.75, "DECODER", 11, weight="bold")
@@ -89,31 +90,42 @@ def block():
 
 
 def head():
-    """The worked example of attention, step by step."""
-    query = torch.tensor([[1.0, 0], [0, 2]])
-    key = torch.tensor([[1.0, 0], [0, 1], [1, 1]])
-    value = torch.tensor([[1.0, 0], [0, 1], [5, 5]])
-    everything = torch.ones(2, 3, dtype=torch.bool)
+    """The worked example of attention, step by step: two decoder steps look at c a b <eos>."""
+    query = torch.tensor([[2.0, 0], [0, 2]])
+    key = torch.tensor([[-2.0, 0], [0, 2], [2, 0], [0, -2]])
+    value = torch.tensor([[1.0, 1], [1, 0], [0, 1], [0, 0]])
+    everything = torch.ones(2, 4, dtype=torch.bool)
     answer, weights = transformer.attention(query, key, value, everything)
     scores = query @ key.T
-    figure, axis = draw.new(8.3, 3.5)
+    steps, source = ["<bos>", "b"], ["c", "a", "b", "<eos>"]
+    figure, axis = draw.new(8.3, 5.1)
 
-    def table(x, y, title, values, color, form="{:g}", cell=0.62):
-        text(axis, x + cell * len(values[0]) / 2, y + 0.25, title)
-        draw.grid(axis, x, y, values.tolist(), cell, color, 10 if form == "{:g}" else 9, form)
-    table(0, 3.2, "queries $Q$", query, draw.BLUE)
-    table(0, 1.3, "keys $K$", key, draw.ORANGE)
-    table(2.6, 3.2, "$QK^T$", scores, "white")
-    table(5.8, 3.2, "$QK^T/\\sqrt{2}$", scores / math.sqrt(2), "white", "{:.3f}")
-    table(5.8, 1.3, "weights (softmax)", weights, draw.GREEN, "{:.3f}")
-    table(3.2, 1.3, "values $V$", value, draw.RED)
-    table(9.0, 1.3, "weights · $V$", answer, draw.GRAY, "{:.3f}")
-    draw.arrow(axis, (1.34, 2.58), (2.5, 2.58))
-    draw.arrow(axis, (1.34, 0.9), (2.5, 2.0))
-    draw.arrow(axis, (4.56, 2.58), (5.7, 2.58))
-    draw.arrow(axis, (6.73, 1.9), (6.73, 1.68))
-    draw.arrow(axis, (7.76, 0.68), (8.9, 0.68))
-    draw.arrow(axis, (4.5, -0.3), (8.9, 0.2), curve=0.12)
+    def table(x, y, title, values, color, rows, columns=(), form="{:g}"):
+        """Numbers below the letters of their columns and beside those of their rows."""
+        text(axis, x + len(values[0]) / 2, y + (0.8 if columns else 0.35), title)
+        draw.grid(axis, x, y, values.tolist(), 1, color, 10 if form == "{:g}" else 8, form)
+        for place, letter in enumerate(rows):
+            text(axis, x - 0.15, y - place - 0.5, letter, 9, ha="right")
+        for place, letter in enumerate(columns):
+            text(axis, x + place + 0.5, y + 0.25, letter, 9)
+    strongest = [["#93c47d" if weight > 0.5 else draw.GREEN for weight in row]
+                 for row in weights.tolist()]
+    table(0, 8.6, "queries $Q$", query, draw.BLUE, steps)
+    table(0, 5.0, "keys $K$", key, draw.ORANGE, source)
+    table(4.2, 8.6, "scores $QK^T$", scores, "white", steps, source)
+    table(10.4, 8.6, "$QK^T/\\sqrt{2}$", scores / math.sqrt(2), "white", steps, source, "{:.3f}")
+    table(10.4, 5.0, "weights (softmax)", weights, strongest, steps, source, "{:.4f}")
+    table(5.2, 5.0, "values $V$", value, draw.RED, source)
+    table(10.4, 1.8, "weights · $V$", answer, draw.GRAY, steps, form="{:.4f}")
+    for place, letter in enumerate("ba"):
+        text(axis, 12.6, 1.3 - place, f"near {letter}'s value", 9, ha="left")
+    draw.arrow(axis, (2.1, 7.6), (3.1, 7.6))
+    draw.arrow(axis, (2.1, 4.0), (3.6, 6.5))
+    draw.arrow(axis, (8.3, 7.6), (9.3, 7.6))
+    draw.arrow(axis, (12.4, 6.5), (12.4, 6.1))
+    draw.arrow(axis, (11.4, 2.9), (11.4, 2.5))
+    draw.arrow(axis, (7.3, 2.2), (9.05, 1.4))
+    span(axis, -1.1, 14.8, -0.3, 9.7)
     draw.save(figure, "transformer_head")
 
 

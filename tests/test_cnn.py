@@ -177,6 +177,10 @@ def test_missing_sets_are_tenths_without_hidden_folders_and_copies(photos):
     (["training_set/a", "b"], "rename training_set to train, val or test"),
     (["train/a", "train/b", "Testing/a"], "rename Testing to train, val or test"),
     (["a"], "photos has 1 class folders; at least two are needed"),
+    (["train/a", "train/b", "test/a", "test/b", "c"],
+     "beside train there may be val and test, and no other folder; found c, test, train"),
+    (["val/a", "val/b", "test/a", "test/b"],
+     "beside train there may be val and test, and no other folder; found test, val"),
     (["train/a", "train/b", "test/a", "test/c"],
      "photos/test and photos/train do not have the same classes: b, c"),
 ])
