@@ -110,7 +110,7 @@ def test_padding_never_influences_a_classification(backend, cell):
 def test_teacher_forcing_feeds_true_or_predicted_tokens(backend, cell):
     torch.manual_seed(0)
     model = rnn.Seq2Seq(7, 7, hidden=8, cell=cell, backend=backend).eval()
-    nn.init.normal_(model.embedding.weight)  # so that each token makes a difference
+    torch.nn.init.normal_(model.embedding.weight)  # so that each token makes a difference
     inputs, lengths = torch.randint(3, 7, (4, 5)), torch.full((4,), 5)
     targets, others = torch.randint(3, 7, (2, 4, 6))
     free = model(inputs, lengths, targets, 0.0)
