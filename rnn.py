@@ -281,15 +281,6 @@ BACKENDS = {"torch": {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN},
             "scratch": {"lstm": LSTM, "gru": GRU, "rnn": RNN}}
 
 
-def make_embedding(vocabulary_size: int, hidden: int) -> nn.Embedding:
-    """Create an embedding. Its vectors are small at first, because those of rare tokens are hardly
-    trained: large random ones would be noise that the layers above learn by heart.
-    """
-    embedding = nn.Embedding(vocabulary_size, hidden)
-    nn.init.normal_(embedding.weight, std=0.1)
-    return embedding
-
-
 def make_layers(hidden: int, dropout: float, cell: str = "lstm", backend: str = "torch",
                 layers: int = 2, chrono_max: float = 100) -> nn.Module:
     """Create recurrent layers. Units of LSTM and GRU at first keep their state for about 1 to
@@ -317,7 +308,10 @@ class RNNClassifier(nn.Module):
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
-        self.embedding = make_embedding(vocabulary_size, hidden)
+        self.embedding = nn.Embedding(vocabulary_size, hidden)
+        # Small vectors at first: those of rare words are hardly trained, and large random ones
+        # would be noise that the layers learn by heart.
+        nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = make_layers(hidden, dropout, **recurrent)
         self.batch_norm = nn.BatchNorm1d(hidden)
         self.dropout = nn.Dropout(dropout)
@@ -342,7 +336,7 @@ class Seq2Seq(nn.Module):
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
-        self.embedding = make_embedding(vocabulary_size, hidden)
+        self.embedding = nn.Embedding(vocabulary_size, hidden)
         self.encoder = make_layers(hidden, dropout, **recurrent)
         self.decoder = make_layers(hidden, dropout, **recurrent)
         self.dropout = nn.Dropout(dropout)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import subprocess
 import sys
 
@@ -110,7 +111,6 @@ def test_padding_never_influences_a_classification(backend, cell):
 def test_teacher_forcing_feeds_true_or_predicted_tokens(backend, cell):
     torch.manual_seed(0)
     model = rnn.Seq2Seq(7, 7, hidden=8, cell=cell, backend=backend).eval()
-    torch.nn.init.normal_(model.embedding.weight)  # so that each token makes a difference
     inputs, lengths = torch.randint(3, 7, (4, 5)), torch.full((4,), 5)
     targets, others = torch.randint(3, 7, (2, 4, 6))
     free = model(inputs, lengths, targets, 0.0)
@@ -210,6 +210,21 @@ def test_mistakes_are_one_line(run, words, message):
 
 
 # ---------------------------------------------------------------- Training and evaluation
+
+
+def test_rare_words_are_learned(run, tmp_path):
+    rng = random.Random(0)
+    rows = []
+    for i in range(1200):  # 3 of 150 words that tell the class, 7 of 1,500 that do not
+        words = [f"{'np'[i % 2]}{rng.randrange(150)}" for _ in range(3)]
+        words += [f"x{rng.randrange(1500)}" for _ in range(7)]
+        rng.shuffle(words)
+        rows.append((" ".join(words), "np"[i % 2]))
+    write_table(tmp_path / "a.csv", rows)
+    run("rnn.py", "--data", "a.csv", "--tokens", "words", "--cells", "gru", "--hidden", 32,
+        "--layers", 1, "--chrono-max", 10, "--epochs", 4)
+    test = json.loads((tmp_path / "runs" / "rnn" / "summary.json").read_text())["test"]
+    assert test["gru"]["accuracy"] > 0.9  # with embeddings of standard deviation 1, below 0.8
 
 
 def test_default_job_small(run, tmp_path):
