@@ -562,9 +562,9 @@ def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair:
     columns = 1 if len(weights) % 2 else 2  # so that no panel stays empty
     rows = len(weights) // columns
     figure, axes = common.new_figure(rows, columns, (8.3, 4 * rows), f"{title}: cross-attention")
-    for head, axis in zip(weights, axes.flat):
-        axis.imshow(head, cmap="Blues", vmin=0, vmax=1)
-        axis.set(xlabel="source", xticks=range(len(read)))
+    for i, axis in enumerate(axes.flat):
+        axis.imshow(weights[i], cmap="Blues", vmin=0, vmax=1)
+        axis.set(title=f"head {i + 1}", xlabel="source", xticks=range(len(read)))
         axis.set_xticklabels(read, rotation=90)
         axis.set(ylabel="target", yticks=range(len(written)), yticklabels=written)
     common.save_figure(path, figure)

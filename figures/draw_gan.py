@@ -249,7 +249,7 @@ def play(lr=0.001, beta1=0.5, r1=0.0):
 def modes():
     """Games with points instead of images: a good generator, mode collapse, a lost game."""
     games = {"good": {"r1": 0.2}, "mode collapse": {"beta1": 0.9}, "lost game": {"lr": 3e-6}}
-    figure, axes = plots(3, 3.7)
+    figure, axes = plots(3, 3.3)
     for axis, (title, options) in zip(axes, games.items()):
         fake, told_apart = play(**options)
         torch.manual_seed(9)
@@ -260,9 +260,9 @@ def modes():
         print(title, metrics)
         axis.plot(*real.T, ".", markersize=3, color="0.65", label="real")
         axis.plot(*fake.T, ".", markersize=2, color="#d95f02", label="generated")
-        axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal")
+        axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal", anchor="S")
         axis.set_title("{}\ndensity {density:.2f}, coverage {coverage:.2f},\nFréchet distance "
-                       "{frechet:.2f}, told apart {told_apart:.0%}".format(title, **metrics),
+                       "{frechet:.3f}, told apart {told_apart:.0%}".format(title, **metrics),
                        fontsize=9)
     axes[0].legend(loc="upper center", ncol=2, markerscale=4, fontsize=10, frameon=False)
     draw.save(figure, "gan_modes")
