@@ -111,8 +111,8 @@ def find_sets(root: Path) -> dict:
             sets[key] = path
         elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
             raise common.UserError(f"--data {root}: rename {name} to train, val or test")
-    # A lone folder called train beside other folders is a class: vehicles/bus, vehicles/train.
-    if not sets or len(sets) == 1 < len(folders):
+    # A folder called train, without val or test, is a class: vehicles/bus, vehicles/train.
+    if not sets or (list(sets) == ["train"] and len(folders) > 1):
         return {"train": root}
     if "train" not in sets or len(sets) < len(folders):
         raise common.UserError(f"--data {root}: beside train there may be val and test, and no "
@@ -157,31 +157,32 @@ def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names. Replace `auto` with `cifar10` or, if it cannot be loaded, with
     `synthetic`, so that a resumed run has the same data.
     """
-    if args.data in ("auto", "cifar10") and args.size != 32:
-        raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
-    if args.data == "auto":
-        args.data = "cifar10"
+    if args.data in ("auto", "cifar10"):
+        if args.size != 32:
+            raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
         try:
-            return load_data(args)
+            sets, classes = common.load_torchvision("CIFAR10", args.data_dir)
+            args.data = "cifar10"
         except common.UserError as error:
+            if args.data == "cifar10":
+                raise
             common.warn(f"{error}; training on synthetic shapes instead")
             args.data = "synthetic"
-    if args.data == "synthetic":
+    elif args.data != "synthetic":
+        sets, classes = load_image_folder(args)
+    if args.data == "synthetic":  # asked for, or the fallback
         classes = list(SHAPES)
         sets = {"train": synthetic_shapes(args.synthetic_size, args.size, args.seed),
                 "test": synthetic_shapes(args.synthetic_size // 5, args.size, args.seed + 10**9)}
-    elif args.data == "cifar10":
-        sets, classes = common.load_torchvision("CIFAR10", args.data_dir)
-    else:
-        sets, classes = load_image_folder(args)
-    # Of a folder, no more than these have been read.
+    # load_image_folder() has read no more than --limit images.
     sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
     common.make_disjoint_sets(sets, args.seed)
     return Dataset(args.data, classes, *(ImageSet(*sets[key]) for key in ("train", "val", "test")))
 
 
 def describe_classes(data: Dataset) -> None:
-    """Print the number of training images of each class; warn if those of a class are all the same.
+    """Print the number of training images of each class; warn if those of a class are all the
+    same, or each of a single color.
 
     Raises UserError if a class has none.
     """

@@ -42,7 +42,7 @@ class UserError(Exception):
 
 
 def run_main(main: Callable) -> None:
-    """Run `main()`. Errors that the user can fix are printed as one line, with exit status 2."""
+    """Run `main()`. An error that the user can fix is printed as one line, with exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     # PyTorch's own warnings are of no use to a user.
@@ -57,7 +57,7 @@ def run_main(main: Callable) -> None:
         if not isinstance(error, BrokenPipeError):
             message = " ".join(str(error).split())
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        # If the disk is full, or the reader of our output gone, discard what is left of it.
+        # What is still buffered cannot be written if the disk is full or the reader gone.
         try:
             sys.stdout.flush()
         except OSError:
@@ -176,7 +176,8 @@ def select_device(name: str) -> torch.device:
 def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> Any:
     """Return the autocast context of a forward pass.
 
-    `auto` is bfloat16 where the device has it; on a CPU only if `cpu_gains`, as by large matrices.
+    `auto` is bfloat16 where the device has it; on a CPU only with `cpu_gains`, for models whose
+    matrices are large enough.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -194,7 +195,7 @@ def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> An
 
 # ---------------------------------------------------------------- Command line
 
-# Options that may be given anew with --resume; another value for any other one is an error.
+# Options that --resume may change; a new value of any other one is an error.
 RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "device", "precision",
              "compile", "resume"}
 
@@ -229,16 +230,17 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     """A parser with the options that all scripts have, and this script's defaults for them."""
     parser = ArgumentParser(prog=script, usage=f"python {script} [options]", description=doc,
                             allow_abbrev=False, formatter_class=HelpFormatter)
-    count, positive = number(int, 1), number(float, 1e-9, math.inf)
+    count = number(int, 1)
     add = parser.add_argument_group("options that all four scripts have").add_argument
     add("--data-dir", default="data", help="where downloaded data sets are kept")
     add("--out", help="folder for everything that the run writes")
     add("--epochs", type=count, help="passes over the training set, at most")
     add("--batch-size", type=number(int, 2), help="examples in a training step")
-    add("--lr", type=positive, help="peak learning rate")
+    add("--lr", type=number(float, 1e-9), help="peak learning rate")
     add("--warmup", type=number(float, 0, 0.9), help="fraction of training used for warm-up")
     add("--weight-decay", type=number(float, 0), help="weight decay of weight matrices")
-    add("--clip", type=positive, help="maximum norm of the gradient; inf for no clipping")
+    add("--clip", type=number(float, 1e-9, math.inf),
+        help="maximum norm of the gradient; inf for no clipping")
     add("--patience", type=count, help="epochs without improvement before early stopping")
     add("--seed", type=number(int, 0), default=0, help="random seed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
@@ -247,7 +249,7 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     if hasattr(torch, "compile"):
         add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
-    # subfolder: of --out, where the checkpoints are; a pattern if there are several.
+    # subfolder: where in --out the checkpoints are, as a glob pattern ("*-*" for rnn.py).
     parser.set_defaults(script=script, subfolder=".", compile=False)
     parser.set_defaults(**defaults)
     return parser
@@ -371,8 +373,8 @@ def load_last(folder: Path, args: Namespace, state: dict) -> list:
 
 def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
                best: dict | None) -> None:
-    """Write history.csv; last.pt, which load_last() reads; and, if this is the best epoch so far,
-    best.pt: `best`, with "script" and "metrics", the last row of the history, added.
+    """Write the history to history.csv, `state` to last.pt and, if given, `best` to best.pt, which
+    also has "script", and "metrics": the last row of the history.
 
     Raises UserError, and writes nothing, if a value in the history's last row is not finite.
     """
@@ -381,7 +383,6 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
                         "--clip (checkpoints of earlier epochs are kept)")
     if RANK > 0:
         return
-    # The columns are the names of the first row.
     lines = [history[0].keys(), *(row.values() for row in history)]
     table = "\n".join(",".join(map(str, line)) for line in lines)
     write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
@@ -394,7 +395,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
 
 
 def write_or_warn(path: Path, write: Callable) -> None:
-    """Call write(path); warn if it is not permitted, as where another program has the file open."""
+    """Call write(path); warn if that is not permitted, for example because the file is open."""
     try:
         write(path)
     except PermissionError as error:
@@ -403,7 +404,9 @@ def write_or_warn(path: Path, write: Callable) -> None:
 
 def write_summary(folder: Path, args: Namespace, history: list, test: dict) -> None:
     """Write summary.json: options, test metrics, training time in seconds, versions."""
-    summary = {"script": args.script, "data": args.data, "options": vars(args), "test": test,
+    # JSON has no infinity.
+    options = {name: "inf" if value == math.inf else value for name, value in vars(args).items()}
+    summary = {"script": args.script, "data": args.data, "options": options, "test": test,
                "seconds": sum(row["seconds"] for row in history),
                "versions": {"python": sys.version, "torch": torch.__version__}}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
@@ -426,10 +429,10 @@ def warmup_cosine(progress: float, warmup: float) -> float:
     It rises linearly during `warmup` (Goyal et al., 2017), and then falls to 0 along half a cosine
     (Loshchilov and Hutter, 2017).
     """
-    # min(), since the scheduler asks once more after the last step.
     if progress < warmup:
         return progress / warmup
-    return 0.5 + 0.5 * math.cos(math.pi * min(1, (progress - warmup) / (1 - warmup)))
+    done = min(1, (progress - warmup) / (1 - warmup))  # asked once more after the last step
+    return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> Any:
@@ -535,8 +538,8 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
     """Plot the history: a panel for each {ylabel: {label: column}}, with up to three curves, and
     one for the learning rate. Returns the figure and {ylabel: axis}, for a script to add to.
 
-    The panel "gradient norm" is required; it also shows the limit, and the mean of the columns
-    "... clipped". The axis of a "fraction ..." ends at 1.
+    The panel "gradient norm" is required; it also shows --clip, and how many steps exceeded it (the
+    columns whose names end in "clipped"). The axis of a panel "fraction ..." ends at 1 at most.
     """
     rows = len(panels) // 2 + 1
     figure, grid = new_figure(rows, 2, (8.3, 2.8 * rows), title)
@@ -573,7 +576,7 @@ def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
     """
     generator = random.Random(seed)
     group_of = dict(zip(contents, groups))
-    # Group after group, each in random order; then every tenth content is in the same part.
+    # Sort by group, in random order within it, and deal the contents out to the parts in turn.
     order = sorted(group_of, key=lambda content: (group_of[content], generator.random()))
     part_of = {content: place % 10 for place, content in enumerate(order)}
     return torch.tensor([part_of[content] for content in contents])
@@ -583,7 +586,7 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
     """Take a tenth of "train" for each of "test" and "val" that is missing; then leave no image in
     two sets.
 
-    sets: {"train": (images, labels), ...}, changed in place. Equal images are equal in all pixels.
+    sets: {"train": (images, labels), ...}, changed in place. Equal images have equal pixels.
     """
     def contents(images):
         return [hash(image.tobytes()) for image in images.numpy()]
@@ -591,15 +594,15 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
     part = split_tenths(contents(images), labels.tolist(), seed)
     for tenth, name in enumerate(("test", "val")):
         sets.setdefault(name, (images[part == tenth], labels[part == tenth]))
-    # Remove from each set what an earlier one contains: from "train" also what was just taken.
+    # Remove from each set the images of the sets before it; so "train" loses what was taken above.
     seen = set()
     for name in ("test", "val", "train"):
         images, labels = sets[name]
         keys = contents(images)
-        new = torch.tensor([key not in seen for key in keys])
-        if new.sum() < 2:  # a single one has no variance
+        if len(set(keys) - seen) < 2:  # a single one has no variance
             raise UserError(f"--data: fewer than two different images are left for the {name} set; "
                             "provide more of them")
+        new = torch.tensor([key not in seen for key in keys])
         sets[name] = images[new], labels[new]
         seen.update(keys)
 
@@ -683,13 +686,13 @@ def read_image(path: str, size: int) -> np.ndarray:
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
             warn("images of more than 8 bits are scaled, each by its own minimum and maximum")
             values = np.asarray(image, np.float64)
-            values = np.interp(values, (values.min(), values.max()), (0, 255))
+            values = (values - values.min()) / (np.ptp(values) or 1) * 255
             image = Image.fromarray(values.astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.BICUBIC)
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
     except Exception as error:  # Pillow raises many kinds
-        raise UserError(f"{path}: damaged, or in a format that Pillow lacks ({error})") from None
+        raise UserError(f"{path} cannot be read as an image: {error}") from None
     return np.array(image)
 
 

@@ -30,14 +30,15 @@ import common
 
 # ---------------------------------------------------------------- Data
 
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+TORCHVISION = {"auto": "MNIST", "mnist": "MNIST", "fashion-mnist": "FashionMNIST",
+               "cifar10": "CIFAR10"}
 # Fonts that come with Matplotlib.
 FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Italic",
          "STIXGeneral", "cmr10", "cmss10"]
 
 
 class Dataset(NamedTuple):
-    """Three sets of images, uint8 (N, size, size, channels), and no image is in more than one."""
+    """Three sets of images, uint8 (N, size, size, channels). No image is in two of them."""
 
     train: Tensor
     validation: Tensor
@@ -75,36 +76,32 @@ def load_folder(args: Namespace) -> tuple:
 
 
 def random_sample(images: Tensor) -> Tensor:
-    """Return 5,000 of the images or all; random ones, since a test set may be sorted."""
+    """Return at most 5,000 of the images, in random order: a test set may be sorted."""
     order = np.random.default_rng(0).permutation(len(images))
     return images[order[:5000]]
-
-
-def load_sets(args: Namespace) -> dict:
-    """Return {"train": (images, labels)}, and "test" if the data set has one."""
-    if args.data == "synthetic":
-        count = args.limit or 10000
-        return {"train": synthetic_digits(count, args.seed),
-                "test": synthetic_digits(count // 5, args.seed + 10**9)}
-    if args.data not in TORCHVISION:
-        return {"train": load_folder(args)}
-    sets, _ = common.load_torchvision(TORCHVISION[args.data], args.data_dir)
-    sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
-    return sets
 
 
 def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names. Replace `auto` with `mnist` or, if it cannot be loaded, with
     `synthetic`, so that a resumed run has the same data.
     """
-    if args.data == "auto":
-        args.data = "mnist"
+    if args.data in TORCHVISION:
         try:
-            return load_data(args)
+            sets, _ = common.load_torchvision(TORCHVISION[args.data], args.data_dir)
+            sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
+            if args.data == "auto":
+                args.data = "mnist"
         except common.UserError as error:
+            if args.data != "auto":
+                raise
             common.warn(f"{error}; training on synthetic digits instead")
             args.data = "synthetic"
-    sets = load_sets(args)
+    elif args.data != "synthetic":
+        sets = {"train": load_folder(args)}
+    if args.data == "synthetic":  # asked for, or the fallback
+        count = args.limit or 10000
+        sets = {"train": synthetic_digits(count, args.seed),
+                "test": synthetic_digits(count // 5, args.seed + 10**9)}
     # The labels serve only to spread each class evenly over the sets.
     common.make_disjoint_sets(sets, args.seed)
     return Dataset(sets["train"][0], random_sample(sets["val"][0]),
@@ -423,8 +420,8 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     """Measure the best generator on the test set; draw plots and images; write summary.json."""
     generator = load_generator(folder / "best.pt", device)
     samples = generate(generator, latent_vectors(5000, generator.latent, args.seed + 1))
-    # Training images in place of generated ones show what a perfect generator would reach. All
-    # three sets have the same size, since the metrics depend on it.
+    # The metrics depend on the number of images, so it is the same for the test images, the
+    # generated ones, and the training images, whose metrics a perfect generator would reach.
     real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
@@ -507,7 +504,7 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
 def save_animation(folder: Path, history: list) -> None:
     """Write progress.gif, an animation of the grids of all epochs."""
     paths = [folder / f"epoch_{row['epoch']:03}.png" for row in history]
-    # One file is open at a time. Files may be missing if --out was renamed.
+    # The files are opened one after the other. Some may be missing, if --out was renamed.
     frames = (Image.open(path) for path in paths if path.exists())
     first = next(frames, None)
     if first:
@@ -528,7 +525,7 @@ def write_samples(args: Namespace, device: torch.device) -> None:
     generator = load_generator(Path(args.out, "best.pt"), device)
     folder = image_folder(args) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
-    # A seed that no run's training or evaluation uses, so these images are new ones.
+    # A seed far from those of training and evaluation, so these images are new ones.
     z = latent_vectors(args.sample, generator.latent, args.seed + 2 * 10**9)
     images = generate(generator, z)
     for i, image in enumerate(images.numpy()):

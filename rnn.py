@@ -1,4 +1,4 @@
-"""Train LSTM, GRU and plain RNN on the same sequences, with the same budget, and compare them.
+"""Train LSTM and GRU, and on one task a plain RNN, on the same batches, and compare them.
 
   python rnn.py                         two synthetic tasks: classify and generate
   python rnn.py --data reviews.csv --tokens words
@@ -167,8 +167,8 @@ def load_data(args: Namespace, task: str) -> Dataset:
 def groups(task: str, lengths: Tensor) -> list:
     """Return the indices of sequences that may be in one batch, one tensor per group."""
     if task == "classify":
-        # All of them: padding comes after the step that is used. Sorted, so that measure() pads
-        # little.
+        # All of them: the classifier uses the last step before the padding. Sorted by length, so
+        # that measure() pads little.
         return [lengths.argsort()]
     # Those of equal length, so that the encoder's last state is after the last token of each.
     return [torch.where(lengths == length)[0] for length in lengths.unique()]
@@ -203,10 +203,7 @@ class Recurrent:
     """Recurrent layers, one on top of the other; a subclass says what one step computes.
 
     A mixin: `class LSTM(Recurrent, nn.LSTM)` takes parameters and attributes (num_layers, mode,
-    all_weights, ...) from nn.LSTM and replaces its forward(), for one direction only. inputs: float
-    (T, N, input_size); state: (layers, N, H), for the LSTM a tuple of two, hidden states and cells;
-    zeros if None. Returns the hidden states of the last layer (T, N, H), and the last state of all
-    layers.
+    all_weights, ...) from nn.LSTM and replaces its forward(), for one direction only.
 
     step(from_input, from_state, state) gets W_ih x_t + b_ih and W_hh h_(t-1) + b_hh, each
     (N, gates * H), and the state before the step, a list of tensors (N, H). It returns the state
@@ -214,6 +211,10 @@ class Recurrent:
     """
 
     def forward(self, inputs: Tensor, state: Any = None) -> tuple:
+        """inputs: float (T, N, input_size); state: (layers, N, H), for the LSTM a tuple of two,
+        hidden states and cells; zeros if None. Returns the hidden states of the last layer
+        (T, N, H), and the last state of all layers.
+        """
         is_lstm = self.mode == "LSTM"
         if state is None:
             zeros = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
@@ -310,7 +311,7 @@ class RNNClassifier(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary_size, hidden)
         # Small vectors at first: those of rare words are hardly trained, and large random ones
-        # would be noise that the layers learn by heart.
+        # would be noise that the layers memorize.
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = make_layers(hidden, dropout, **recurrent)
         self.batch_norm = nn.BatchNorm1d(hidden)
@@ -453,7 +454,7 @@ def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.d
     model.eval()  # batch norm by its running statistics, no dropout
     loss = 0.0
     count = 0
-    predicted = sequences.targets.clone()  # equal in the padding, which is no mistake
+    predicted = sequences.targets.clone()  # the padding stays: it is no mistake
     for group in groups(task, sequences.lengths):
         for indices in group.split(500):
             batch = get_batch(sequences, indices, device)
@@ -556,9 +557,10 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
 
 
 def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return the norm of the gradient of the loss with respect to what the first layer carries on,
-    the LSTM's cell or else the hidden state, 1 to T - 1 steps before the end: (T - 1,). Each is a
-    mean over sequences, divided by that at the end.
+    """Return how large the gradient of the loss is 1 to T - 1 steps before the end: (T - 1,).
+
+    The gradient is with respect to the first layer's cell (LSTM) or hidden state (GRU, RNN). Its
+    norm is averaged over sequences, and divided by the norm at the end.
 
     The model has backend scratch. inputs: int64 (N, T), without padding; targets: int64 (N, 1).
     """
@@ -576,7 +578,8 @@ def predict(args: Namespace, device: torch.device) -> None:
     # Of the classifiers in --out, the one with the best validation accuracy.
     paths = [Path(args.out, f"classify-{cell}/best.pt") for cell in args.cells or BACKENDS["torch"]]
     found = [path for path in paths if path.is_file()]
-    loaded = [load_model(path, device) for path in found or paths]  # fails if none is found
+    # If none is found, load_model() says which is missing.
+    loaded = [load_model(path, device) for path in found or paths]
     # "metrics" is the row of the history that save_epoch() puts into best.pt.
     model, checkpoint = max(loaded, key=lambda pair: score(pair[1]["metrics"]))
     texts = [common.clean_text(text) for text in common.prediction_inputs(args.predict)]

@@ -64,7 +64,7 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> li
             bounds = 10**(length - 1), 10**length
             first = rng.randrange(*bounds)
             second = rng.randrange(*bounds)
-            source = f"{first}+{second}"[::-1]  # which reverses the digits, and keeps the sum
+            source = f"{first}+{second}"[::-1]  # the numbers swapped, the digits reversed
         else:
             source = "".join(rng.choices(string.ascii_lowercase, k=length))
         sources.add(source)
@@ -150,7 +150,8 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    # The batches are equally large, at least half of batch_size; each process gets a pair of each.
+    # Batches of nearly equal size, at most that in max(). Unless there is only one, they have at
+    # least half of it, so that each process gets at least one pair of every batch.
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
@@ -188,9 +189,9 @@ class MultiHeadAttention(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
-        """Return keys and values (N, heads, S, d_k) of memory. A cache keeps them, and those of a
-        later call are appended. Cross-attention needs none after its first call: its memory is
-        None then.
+        """Return keys and values (N, heads, S, d_k) of memory, after those in the cache, if any.
+
+        memory is None if the cache has all of them: in cross-attention, after the first token.
         """
         if memory is None:
             return cache[self]
@@ -352,15 +353,17 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     for position in range(len(model.positions)):
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
         log_probabilities = F.log_softmax(logits[:, 0], dim=1)  # (N * beam, vocabulary)
-        # A hypothesis that has ended continues with <pad>, at no cost; no other one does.
+        # A hypothesis that has ended continues with <pad>, at no cost; no other one does. <bos> and
+        # <unk> are never targets.
         ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
-        log_probabilities[:, [PAD, BOS]] = -math.inf
+        log_probabilities[:, [PAD, BOS, UNK]] = -math.inf
         log_probabilities[ended] = -math.inf
         log_probabilities[ended, PAD] = 0
-        # Rank all continuations of a source, numbered hypothesis * vocabulary_size + token.
+        # Keep the best of all continuations of a source. Each is numbered by the hypothesis that it
+        # continues and its token: hypothesis * vocabulary_size + token.
         totals = scores.view(-1, 1) + log_probabilities  # (N * beam, vocabulary)
         scores, chosen = totals.view(len(source), -1).topk(beam)  # (N, beam)
-        rows = (first_row + chosen // vocabulary_size).flatten()  # of the hypotheses that go on
+        rows = (first_row + chosen // vocabulary_size).flatten()  # that the new hypotheses continue
         newest = (chosen % vocabulary_size).view(-1, 1)  # (N * beam, 1)
         tokens = torch.cat([tokens[rows], newest], dim=1)
         # A step never raises a score: once the best hypothesis has ended, it stays the best.
@@ -495,9 +498,9 @@ def edit_distance(a: tuple, b: tuple) -> int:
 @torch.no_grad()
 def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: torch.device,
             beam: int = 1) -> dict:
-    """Return loss and token accuracy under teacher forcing, and exact match and error rate (edit
-    distance / length) of what the model writes by itself, compared with the nearest of a source's
-    targets.
+    """Return the loss and token accuracy under teacher forcing; and, of what the model writes by
+    itself, the exact matches and the error rate (edit distance / length of the target). If a source
+    has several targets, the nearest counts.
     """
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # for batches with little padding

@@ -179,6 +179,8 @@ def test_missing_sets_are_tenths_without_hidden_folders_and_copies(photos):
     (["a"], "photos has 1 class folders; at least two are needed"),
     (["train/a", "train/b", "test/a", "test/b", "c"],
      "beside train there may be val and test, and no other folder; found c, test, train"),
+    (["a", "b", "test/a"],
+     "beside train there may be val and test, and no other folder; found a, b, test"),
     (["val/a", "val/b", "test/a", "test/b"],
      "beside train there may be val and test, and no other folder; found test, val"),
     (["train/a", "train/b", "test/a", "test/c"],
