@@ -230,17 +230,16 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     """A parser with the options that all scripts have, and this script's defaults for them."""
     parser = ArgumentParser(prog=script, usage=f"python {script} [options]", description=doc,
                             allow_abbrev=False, formatter_class=HelpFormatter)
-    count = number(int, 1)
+    count, positive = number(int, 1), number(float, 1e-9, math.inf)
     add = parser.add_argument_group("options that all four scripts have").add_argument
     add("--data-dir", default="data", help="where downloaded data sets are kept")
     add("--out", help="folder for everything that the run writes")
     add("--epochs", type=count, help="passes over the training set, at most")
     add("--batch-size", type=number(int, 2), help="examples in a training step")
-    add("--lr", type=number(float, 1e-9), help="peak learning rate")
+    add("--lr", type=positive, help="peak learning rate")
     add("--warmup", type=number(float, 0, 0.9), help="fraction of training used for warm-up")
     add("--weight-decay", type=number(float, 0), help="weight decay of weight matrices")
-    add("--clip", type=number(float, 1e-9, math.inf),
-        help="maximum norm of the gradient; inf for no clipping")
+    add("--clip", type=positive, help="maximum norm of the gradient; inf for no clipping")
     add("--patience", type=count, help="epochs without improvement before early stopping")
     add("--seed", type=number(int, 0), default=0, help="random seed")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")

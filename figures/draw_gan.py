@@ -260,7 +260,8 @@ def modes():
         print(title, metrics)
         axis.plot(*real.T, ".", markersize=3, color="0.65", label="real")
         axis.plot(*fake.T, ".", markersize=2, color="#d95f02", label="generated")
-        axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal", anchor="S")
+        axis.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xticks=[], yticks=[], aspect="equal",
+                 anchor="S")
         axis.set_title("{}\ndensity {density:.2f}, coverage {coverage:.2f},\nFréchet distance "
                        "{frechet:.3f}, told apart {told_apart:.0%}".format(title, **metrics),
                        fontsize=9)

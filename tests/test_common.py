@@ -1,6 +1,7 @@
 """common.py: schedule, early stopping, clipping, checkpoints, run folders, tables and images."""
 
 import io
+import json
 import math
 import os
 import signal
@@ -414,6 +415,7 @@ def test_many_bits_are_scaled_by_their_own_range(tmp_path, kind):
         image = common.read_image(save(tmp_path / "a.tiff", ramp), 8)
     assert image.min() == 0 and image.max() == 255
     assert (np.diff(image.flatten().astype(int)) >= 0).all()
+    assert not common.read_image(save(tmp_path / "b.tiff", 0 * ramp), 8).any()  # black stays black
 
 
 def test_a_large_photograph_is_read_like_its_pixels(tmp_path):
@@ -481,7 +483,17 @@ def test_no_image_is_in_two_sets():
     with pytest.raises(common.UserError, match="fewer than two different images are left for"):
         common.make_disjoint_sets({"train": (images, labels), "test": (images, labels),
                                    "val": (images, labels)}, seed=0)
+    with pytest.raises(common.UserError, match="fewer than two different images are left for"):
+        # Three images, each twice: one for each set.
+        common.make_disjoint_sets({"train": (images[:3].repeat(2, 1, 1, 1), labels[:6])}, seed=0)
     assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40
+
+
+def test_the_summary_is_strict_json(tmp_path):
+    args = Namespace(script="cnn.py", data="synthetic", clip=math.inf)
+    common.write_summary(tmp_path, args, [{"seconds": 1.5}], {})
+    summary = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert summary["options"]["clip"] == "inf" and summary["seconds"] == 1.5
 
 
 def test_what_is_written_must_be_apart_from_the_data(tmp_path):

@@ -269,7 +269,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
                       "--out"),
     (["--size", 30], "--size must be a multiple of 4"),
     (["--data", "nowhere"], "--data nowhere: neither a folder nor a data set (see --help)"),
-    (["--data", "same"], "--data: fewer than two different images are left for the val set; "
+    (["--data", "same"], "--data: fewer than two different images are left for the test set; "
                          "provide more of them"),
     (["--data", "."], "--data . and runs/gan, where the run writes, must be apart"),
     (["--data", "images"], "--data images and images, where the run writes, must be apart"),

@@ -144,7 +144,7 @@ def search_without_cache(model, source, beam):
                 continue
             logits = model(source, torch.tensor([[BOS, *tokens]]))[0, -1]
             for token, value in enumerate(F.log_softmax(logits, 0).tolist()):
-                if token not in (PAD, BOS):
+                if token not in (PAD, BOS, UNK):
                     candidates.append((total + value, [*tokens, token]))
         beams = sorted(candidates, reverse=True)[:beam]
     return beams[0]
