@@ -780,6 +780,7 @@ def load_torchvision(name: str, data_dir: str) -> tuple:
     sets = {}
     for set_name, train in (("train", True), ("test", False)):
         data = dataset(data_dir, train)
-        images = torch.as_tensor(data.data)  # gray ones lack the last dimension
+        # CIFAR-10's images are a transposed view, and gray images lack the last dimension.
+        images = torch.as_tensor(data.data).contiguous()
         sets[set_name] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
     return sets, data.classes

@@ -74,6 +74,27 @@ def warn_again():
 
 
 @pytest.fixture
+def cifar10(tmp_path, monkeypatch):
+    """The folder of a small CIFAR-10 in torchvision's own format, which checks no checksums."""
+    import pickle
+
+    import numpy as np
+    from torchvision.datasets import cifar
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data" / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    for name in ("test_batch", *(f"data_batch_{number}" for number in range(1, 6))):
+        pixels = rng.integers(0, 256, (40, 3 * 32 * 32), dtype=np.uint8)
+        content = {"data": pixels, "labels": [i % 10 for i in range(40)]}
+        (folder / name).write_bytes(pickle.dumps(content))
+    names = {"label_names": [f"class {label}" for label in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(names))
+    monkeypatch.setattr(cifar, "check_integrity", lambda path, *_: os.path.exists(path))
+    monkeypatch.chdir(tmp_path)
+    return folder.parent
+
+
+@pytest.fixture
 def run(tmp_path):
     """run("cnn.py", "--epochs", 1): the finished process, its working directory tmp_path."""
     def start(script, *options, status=0, **settings):

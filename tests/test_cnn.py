@@ -266,6 +266,17 @@ def test_it_learns_writes_everything_and_predicts(run, tmp_path, monkeypatch):
     assert error.startswith("cnn.py: error: no.png cannot be read as an image: [Errno 2]")
 
 
+def test_cifar10_as_torchvision_keeps_it(cifar10, monkeypatch):
+    # torchvision's images are a transposed view of (N, 3, 32, 32).
+    monkeypatch.setattr("sys.argv", ["cnn.py", "--data", "auto", "--data-dir", str(cifar10),
+                                     "--epochs", "1", "--widths", "8", "8", "8",
+                                     "--device", "cpu"])
+    cnn.main()
+    assert json.loads(Path("runs/cnn/summary.json").read_text())["data"] == "cifar10"
+    first = cnn.load_data(cnn.build_parser().parse_args(["--limit", "40"])).train.images
+    assert first.is_contiguous()
+
+
 def test_without_a_network_auto_trains_on_shapes_and_cifar10_is_an_error(run):
     offline = {"https_proxy": "http://127.0.0.1:9", "http_proxy": "http://127.0.0.1:9"}
     problem = "CIFAR10 is not in data, and cannot be downloaded: .*refused.*"

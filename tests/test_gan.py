@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +243,13 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path):
     expected = gan.generate(generator, gan.latent_vectors(4, 100, seed=2 * 10**9))
     assert np.array_equal(drawn, expected[..., 0])
     assert len(list((images / "samples").iterdir())) == 4 + 3
+
+
+def test_cifar10_as_torchvision_keeps_it(cifar10, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["gan.py", "--data", "cifar10", "--data-dir", str(cifar10),
+                                     "--epochs", "1", "--width", "4", "--device", "cpu"])
+    gan.main()
+    assert json.loads(Path("runs/gan/summary.json").read_text())["data"] == "cifar10"
 
 
 def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
