@@ -35,6 +35,8 @@ class ImageSet(NamedTuple):
 
 
 class Dataset(NamedTuple):
+    """The three sets, and the names of the classes."""
+
     name: str  # cifar10, synthetic or the folder
     classes: list
     train: ImageSet
@@ -86,7 +88,7 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
 
 # Folder names, in lower case, of a data set that is already split; similar names are an error.
 SET_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-LOOKS_LIKE_A_SET = r"(train|test|val|valid|validation)(ing)?[-_ ]*(set|data|images|split)?"
+LOOKS_LIKE_A_SET = r"(train|test|val|valid\w*|dev|eval|holdout)(ing)?[-_ ]*(set|data|images|split)?"
 
 
 def subfolders(folder: Path) -> dict:
@@ -111,12 +113,13 @@ def find_sets(root: Path) -> dict:
             sets[key] = path
         elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
             raise common.UserError(f"--data {root}: rename {name} to train, val or test")
-    # A folder called train, without val or test, is a class: vehicles/bus, vehicles/train.
+    # No set at all, or train beside other folders that are none: all folders are classes, as in
+    # vehicles/bus, vehicles/train.
     if not sets or (list(sets) == ["train"] and len(folders) > 1):
         return {"train": root}
     if "train" not in sets or len(sets) < len(folders):
-        raise common.UserError(f"--data {root}: beside train there may be val and test, and no "
-                               f"other folder; found {', '.join(folders)}")
+        raise common.UserError(f"--data {root}: found {', '.join(folders)}; beside val or test "
+                               "there must be train, and nothing else; put class folders into it")
     return sets
 
 
@@ -167,15 +170,16 @@ def load_data(args: Namespace) -> Dataset:
             if args.data == "cifar10":
                 raise
             common.warn(f"{error}; training on synthetic shapes instead")
-            args.data = "synthetic"
+            args.data = "synthetic"  # so that the last branch below makes the sets
     elif args.data != "synthetic":
         sets, classes = load_image_folder(args)
     if args.data == "synthetic":  # asked for, or the fallback
         classes = list(SHAPES)
         sets = {"train": synthetic_shapes(args.synthetic_size, args.size, args.seed),
                 "test": synthetic_shapes(args.synthetic_size // 5, args.size, args.seed + 10**9)}
-    # load_image_folder() has read no more than --limit images.
+    # Of a folder, no more than --limit images have been read anyway.
     sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
+    # Takes "val", and "test" if missing, from "train"; leaves no image in two sets.
     common.make_disjoint_sets(sets, args.seed)
     return Dataset(args.data, classes, *(ImageSet(*sets[key]) for key in ("train", "val", "test")))
 
@@ -192,9 +196,9 @@ def describe_classes(data: Dataset) -> None:
         counts.append(f"{name} {len(images):,}")
         if len(images) == 0:
             raise common.UserError(f"--data {data.name}: no training image of the class {name} is "
-                                   "left; add different ones, or raise --limit")
+                                   "left after removing copies; add others, or raise --limit")
         if (images == images[0]).all() or (images == images[:, :1, :1]).all():
-            common.warn(f"all training images of {name} are the same, or of a single color")
+            common.warn(f"the training images of {name} are one image, copies, or of one color")
     print(", ".join(counts))
 
 
@@ -283,7 +287,8 @@ class CNN(nn.Module):
                     nn.init.zeros_(module.bias)
         # At first every class is equally likely, and the loss is log(classes).
         nn.init.zeros_(self.classifier[-1].weight)
-        # Convolutions are fastest in this memory format, in which the images arrive already.
+        # Convolutions are fastest if the channels of a pixel are adjacent in memory. Those of the
+        # images are: permute() in forward() changes the shape, not the memory.
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -298,7 +303,8 @@ class CNN(nn.Module):
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """Return the mean cross-entropy with label smoothing (Szegedy et al., 2016).
 
-    The target of each image is (1 - smoothing) * one_hot(label) + smoothing / classes.
+    The target of each image is (1 - smoothing) * one_hot(label) + smoothing / classes. It is
+    F.cross_entropy() with label_smoothing, which PyTorch has only from 1.10 on.
 
     logits: float (N, classes); labels: int64 (N,).
     """
@@ -309,7 +315,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def score(row: dict) -> tuple:
-    """Return the score of an epoch: validation accuracy and, if equal, the lower loss."""
+    """Return what epochs are compared by: validation accuracy, then the lower validation loss."""
     return row["validation_accuracy"], -row["validation_loss"]
 
 
@@ -317,8 +323,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
     torch.manual_seed(args.seed)
     # Every tenth image is enough for mean and std.
-    pixels = data.train.images[::10].reshape(-1, 3).float() / 255  # (N, 3)
-    options = {  # of CNN(), for load_model()
+    pixels = data.train.images[::10].reshape(-1, 3).float() / 255  # (number of pixels, 3)
+    options = {  # the arguments of CNN(), kept in best.pt for load_model()
         "classes": len(data.classes), "size": args.size, "widths": args.widths,
         "convs": args.convs, "hidden": args.hidden, "dropout": args.dropout,
         "batch_norm": not args.no_batch_norm}
@@ -327,12 +333,13 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     # The training set is kept on the device, so a batch is one indexing operation.
     images = data.train.images.to(device)
     labels = data.train.labels.to(device)
-    steps = len(common.shuffled_batches(len(labels), args.batch_size))  # in any epoch
+    steps = len(common.shuffled_batches(len(labels), args.batch_size))  # the same in any epoch
     optimizer = torch.optim.SGD(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                 momentum=0.9, nesterov=True)
     scheduler = common.make_scheduler(optimizer, args, steps)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
-    history = common.load_last(folder, args, state) if args.resume else []
+    history = common.load_last(folder, args, state) if args.resume else []  # restores state, too
+    # With the parameters of `model`; compiled or, for several processes, wrapped.
     ddp_model = common.wrap_model(model, args, device)
     autocast = common.autocast(args.precision, device)
 
@@ -359,6 +366,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
+        # Measured in the first process, and sent to the others.
         validation = common.on_first_process(measure, model, data.validation, flip, device)
         row = {"epoch": epoch, **common.means(metrics),
                "validation_loss": validation["loss"],
@@ -368,7 +376,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}, {train_accuracy:.1%}  "
               "validation {validation_loss:.3f}, {validation_accuracy:.1%}  {seconds:.1f} s".format(
                   epochs=args.epochs, **row), flush=True)
-        best = None  # the best epoch is chosen by the validation set only
+        best = None  # what save_epoch() is to write to best.pt
+        # The validation set alone decides which epoch is the best.
         if common.epochs_since_best(history, score) == 0:
             best = {"model": model.state_dict(), "options": options, "classes": data.classes,
                     "flip": flip}
@@ -415,7 +424,8 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     gaps = (predicted == labels).double() - confidence
     bin_of_each = (confidence * bins).long().clamp(max=bins - 1)
-    sums = torch.zeros(bins).double().index_add(0, bin_of_each, gaps)  # a sum for each bin
+    # The sum of the gaps in a bin is its number of images * (accuracy - mean confidence).
+    sums = torch.zeros(bins).double().index_add(0, bin_of_each, gaps)  # (bins,)
     return (sums.abs().sum() / len(labels)).item()
 
 
@@ -429,11 +439,11 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     test = common.classification_report(logits.argmax(1), labels, data.classes)
     test["loss"] = cross_entropy(logits, labels).item()
     test["calibration_error"] = calibration_error(logits, labels)
-    test["best_epoch"] = checkpoint["metrics"]["epoch"]
+    test["best_epoch"] = checkpoint["metrics"]["epoch"]  # the row of the history
     common.write_summary(folder, args, history, test)
     title = f"CNN on {data.name}"
     figure, _ = common.plot_history(history, args, title, {
-        "loss": {"training, with label smoothing": "train_loss", "validation": "validation_loss"},
+        "loss": {"training, with --label-smoothing": "train_loss", "validation": "validation_loss"},
         "fraction correct": {"training": "train_accuracy", "validation": "validation_accuracy"},
         "gradient norm": {"before clipping": "gradient_norm"}})
     common.save_figure(folder / "curves.png", figure)
@@ -520,9 +530,10 @@ def build_parser() -> common.ArgumentParser:
     count, fraction = common.number(int, 1), common.number(float, 0, 0.99)
     add = parser.add_argument_group("options of the CNN").add_argument
     add("--data", default="auto", help="auto, cifar10, synthetic, or a folder of class folders")
-    add("--size", type=common.number(int, 8, 1024), default=32, help="images are SIZE x SIZE")
+    add("--size", type=common.number(int, 8, 1024), default=32,
+        help="images are SIZE x SIZE pixels; a multiple of 8")
     add("--limit", type=count,
-        help="read only LIMIT training images, before validation images are taken")
+        help="use only LIMIT training images, out of which missing sets are taken")
     add("--synthetic-size", type=common.number(int, 100), default=12000,
         help="synthetic training images")
     add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of the blocks")
@@ -547,7 +558,7 @@ def main() -> None:
         predict(args, device)
         return
     data = load_data(args)
-    # load_last() refuses other data.
+    # It is saved with the options. When the run is resumed, load_last() refuses other data.
     args.checksum = zlib.crc32(data.train.images.numpy(), zlib.crc32(data.train.labels.numpy()))
     common.describe_sets(data.name, device, data.train.labels, data.validation.labels,
                          data.test.labels)

@@ -196,8 +196,8 @@ def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> An
 # ---------------------------------------------------------------- Command line
 
 # Options that --resume may change; a new value of any other one is an error.
-RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "device", "precision",
-             "compile", "resume"}
+RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "beam", "device",
+             "precision", "compile", "resume"}
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -60,7 +60,8 @@ def temporal_order(count: int, seed: int) -> list:
     """Return strings of random letters, with an X or Y in three places, and their classes: the
     order of those three.
 
-    Problem 6b of Hochreiter and Schmidhuber, 1997, with 80 to 100 symbols and without end marks.
+    Problem 6b of Hochreiter and Schmidhuber, 1997, with 80 to 100 symbols, and without its start
+    and end symbols.
     """
     rng = np.random.default_rng(seed)
     rows = []
@@ -86,7 +87,8 @@ def sorting(count: int, seed: int) -> list:
 def tokenize(texts: list, tokens: str) -> list:
     """Split each text into a tuple of characters, or of lower-case words and punctuation marks.
 
-    Texts of more than LONGEST tokens are cut, with a warning.
+    Texts of more than LONGEST tokens are cut, with a warning. Characters are the better choice for
+    scripts that write no spaces between words, or vowels as separate signs.
     """
     sequences = texts
     if tokens == "words":
@@ -121,7 +123,10 @@ def encode(sequences: list, vocabulary: list) -> list:
 
 
 def describe_classes(labels: list, training: list) -> list:
-    """Print the number of texts in each class; return the classes. training: indices of labels."""
+    """Print the number of texts in each class; return the classes.
+
+    training: which of the labels are in the training set, as indices.
+    """
     counts = Counter(labels)
     classes = sorted(counts)
     print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes))
@@ -144,8 +149,8 @@ def load_data(args: Namespace, task: str) -> Dataset:
         rows = sorting(5 * args.synthetic_size, args.seed)
     labels = [label for _, label in rows]
     sequences = tokenize([text for text, _ in rows], args.tokens)
-    # A tenth is the test set, a tenth the validation set. Equal texts are in the same tenth, so
-    # that none is in two sets.
+    # The tenth that each text is in, int64 (N,): 0 is the test set, 1 the validation set. Equal
+    # texts are in the same tenth, so that none is in two sets.
     tenths = common.split_tenths(sequences, labels, args.seed)
     training = torch.where(tenths > 1)[0].tolist()
     vocabulary = build_vocabulary([sequences[i] for i in training], args.tokens)
@@ -177,7 +182,7 @@ def groups(task: str, lengths: Tensor) -> list:
 def epoch_batches(data: Dataset, args: Namespace, epoch: int) -> list:
     """Return the indices of each batch of an epoch, in random order.
 
-    The last, incomplete batch of each group is dropped.
+    The last, incomplete batch of each group is dropped, unless it is the only one.
     """
     batches = []
     for i, group in enumerate(groups(data.task, data.train.lengths)):
@@ -191,7 +196,7 @@ def get_batch(sequences: SequenceSet, indices: Tensor, device: torch.device) -> 
     """Return the sequences with these indices, cut to the longest of them."""
     lengths = sequences.lengths[indices]
     longest = lengths.max()
-    # Of targets: all tokens and END, or the one class.
+    # Targets are one token longer (END). A class, of width 1, stays as it is.
     return SequenceSet(sequences.inputs[indices, :longest].to(device), lengths,
                        sequences.targets[indices, :longest + 1].to(device))
 
@@ -222,7 +227,7 @@ class Recurrent:
         parts = state if is_lstm else (state,)
         x = inputs
         last = []
-        self.trace = []  # the states and gates of each layer and step, for plots
+        self.trace = []  # for plots: trace[layer][step] is (state, gate) after the step
         for layer, (weight_ih, weight_hh, bias_ih, bias_hh) in enumerate(self.all_weights):
             if layer > 0:
                 x = F.dropout(x, self.dropout, self.training)
@@ -295,7 +300,7 @@ def make_layers(hidden: int, dropout: float, cell: str = "lstm", backend: str = 
             log_steps = torch.empty(hidden).uniform_(1, chrono_max).log()
             bias.data[hidden:2 * hidden] = log_steps  # the LSTM's forget, the GRU's update gate
             if cell == "lstm":
-                bias.data[:hidden] = -log_steps  # the input gate
+                bias.data[:hidden] = -log_steps  # the input gate: 1 minus the forget gate
     return module
 
 
@@ -303,7 +308,7 @@ class RNNClassifier(nn.Module):
     """Embedding, recurrent layers, the hidden state of the last step, batch norm, linear layer.
 
     inputs: int64 (N, T), padded at the end; lengths: int64 (N,). Returns float (N, answers).
-    `recurrent`: arguments of make_layers(). Arguments that only Seq2Seq needs are ignored.
+    `recurrent`: arguments of make_layers(). forward() accepts and ignores what only Seq2Seq needs.
     """
 
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
@@ -329,7 +334,9 @@ class RNNClassifier(nn.Module):
 class Seq2Seq(nn.Module):
     """An encoder and a decoder of the same cell (Sutskever et al., 2014; Cho et al., 2014).
 
-    inputs: int64 (N, S), all of one length; targets: int64 (N, T). Returns float (N, T, answers).
+    inputs: int64 (N, S), all of one length, so lengths is not used; targets: int64 (N, T). Returns
+    float (N, T, answers).
+
     The decoder is fed the true token with probability `teacher_forcing`, else the one that it
     predicted (scheduled sampling, Bengio et al., 2015). With 0, only the length of targets is used.
     """
@@ -337,6 +344,8 @@ class Seq2Seq(nn.Module):
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
+        # With PyTorch's initial vectors, of standard deviation 1: no digit is rare, and small ones
+        # sort worse.
         self.embedding = nn.Embedding(vocabulary_size, hidden)
         self.encoder = make_layers(hidden, dropout, **recurrent)
         self.decoder = make_layers(hidden, dropout, **recurrent)
@@ -353,13 +362,14 @@ class Seq2Seq(nn.Module):
                 teacher_forcing: float) -> Tensor:
         x = self.dropout(self.embedding(inputs.t()))  # (S, N, hidden)
         _, state = self.encoder(x)
-        true = F.pad(targets.t(), (0, 0, 1, 0), value=END)[:-1]  # (T, N): END, then the targets
+        # The decoder's inputs if each is the true token: a row of END, all targets but the last.
+        fed = F.pad(targets.t(), (0, 0, 1, 0), value=END)[:-1]  # (T, N)
         if teacher_forcing == 1:
             # All inputs of the decoder are known beforehand: all steps in one call.
-            logits, _ = self.decode(true, state)  # (T, N, answers)
+            logits, _ = self.decode(fed, state)  # (T, N, answers)
             return logits.transpose(0, 1)  # (N, T, answers)
-        # Else one step after the other, since an input may be what the step before predicted.
-        token = true[:1]  # (1, N)
+        # Otherwise one step at a time: an input may be the prediction of the step before.
+        token = fed[:1]  # (1, N): END
         steps = []
         for following in targets.t():
             logits, state = self.decode(token, state)  # (1, N, answers)
@@ -375,7 +385,8 @@ MODELS = {"classify": RNNClassifier, "generate": Seq2Seq}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Cross-entropy of classes, logits (N, answers), or of tokens, logits (N, T, answers).
+    """Return the cross-entropy of classes, logits (N, answers), or of tokens, logits
+    (N, T, answers), which are flattened to (N * T, answers).
 
     No target is padding, since batches of tokens have sequences of one length (see groups()).
     """
@@ -404,6 +415,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
     if args.resume and (folder / "last.pt").is_file():
         history = common.load_last(folder, args, state)
     ddp_model = common.wrap_model(model, args, device)
+    # By default float32 on a CPU: matrices this small gain nothing from bfloat16 there.
     autocast = common.autocast(args.precision, device, cpu_gains=False)
     folder.mkdir(exist_ok=True)
 
@@ -442,7 +454,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
 
 # ---------------------------------------------------------------- Evaluation and plots
 
-# The line style of each cell.
+# The color and line style of each cell, in Matplotlib's short form.
 STYLES = {"lstm": "C0-", "gru": "C1--", "rnn": "C2:"}
 
 
@@ -479,13 +491,15 @@ def load_model(path: Path, device: torch.device) -> tuple:
 
 def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
              device: torch.device) -> dict:
-    """Measure the best model of each cell on the test set; draw the plots of a task."""
+    """Measure the best model of each cell on the test set; draw the plots of a task. Return
+    {cell: test metrics}.
+    """
     title = f"{data.task} on {args.data}"
     results = {}
     accuracies = {}
     for cell, history in histories.items():
-        place = folder / f"{data.task}-{cell}"
-        model, _ = load_model(place / "best.pt", device)
+        cell_folder = folder / f"{data.task}-{cell}"
+        model, _ = load_model(cell_folder / "best.pt", device)
         print(f"\n{data.task} {cell}, best epoch, on the test set:")
         test = measure(model, data.task, data.test, device)
         if data.task == "classify":
@@ -497,11 +511,13 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
                              "token_accuracy": test["token_accuracy"]}
             print("exact match {accuracy:.2%}, tokens {token_accuracy:.2%}".format(**test))
         accuracies[cell] = [row["validation_accuracy"] for row in history]
+        # A decoder is validated on its own predictions, but trained with teacher forcing: its
+        # validation loss may be much higher without overfitting.
         figure, _ = common.plot_history(history, args, f"{cell}, {title}", {
             "loss": {"training": "train_loss", "validation": "validation_loss"},
             "fraction correct": {"validation": "validation_accuracy"},
             "gradient norm": {"before clipping": "gradient_norm"}})
-        common.save_figure(place / "curves.png", figure)
+        common.save_figure(cell_folder / "curves.png", figure)
     plot_cells(folder / f"{data.task}.png", title, accuracies, xlabel="epoch",
                ylabel="fraction correct (validation)", ylim=(0, 1.02))
     if data.task == "classify":
@@ -518,7 +534,8 @@ def plot_cells(path: Path, title: str, curves: dict, **labels: Any) -> None:
         alpha = 0.4 if "untrained" in name else 1
         axis.plot(range(1, len(values) + 1), values, style, alpha=alpha, label=name)
     axis.set(**labels)
-    if any(len(label) > 1 for label in labels.get("xticklabels", "")):  # words, not letters
+    # Words are written upward, characters (at most two: a dollar sign is escaped) are not.
+    if any(len(label) > 2 for label in labels.get("xticklabels", [])):
         axis.tick_params(axis="x", rotation=90)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -526,12 +543,12 @@ def plot_cells(path: Path, title: str, curves: dict, **labels: Any) -> None:
 
 
 def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str) -> None:
-    """Plot how far back gradients reach, and how far the gate that keeps is open at each token."""
+    """Plot how far back gradients reach, and how open the forget or update gate is at a token."""
     lengths = data.test.lengths
-    # Equally long ones, so without padding; a hundred are enough.
+    # Only the longest texts, which need no padding: often few, and a hundred at most.
     indices = torch.where(lengths == lengths.max())[0][:100]
     inputs, _, targets = get_batch(data.test, indices, "cpu")
-    # The text whose length is nearest to 60 tokens, which fit side by side below a plot.
+    # The text whose length is nearest to 60 tokens, which fit below a plot.
     nearest = (lengths - 60).abs().argmin()
     text = data.test.inputs[nearest, :lengths[nearest]]  # (T,)
     norms = {}
@@ -540,33 +557,36 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
         checkpoint = common.load_checkpoint(folder / f"classify-{cell}/best.pt", "rnn.py")
         # Created as in train(), so with the initial weights of the training; then the best ones.
         torch.manual_seed(seed)
+        # In double precision, since a gradient that vanishes would be 0 in single precision.
         model = RNNClassifier(**{**checkpoint["options"], "backend": "scratch"}).double().eval()
         norms[f"{cell} untrained"] = gradient_norms(model, inputs, targets)
         model.load_state_dict(checkpoint["model"])
         norms[f"{cell} trained"] = gradient_norms(model, inputs, targets)
         if cell != "rnn":
-            model(text[None], lengths[nearest, None])
+            model(text[None], lengths[nearest, None])  # a batch of one: (1, T) and (1,)
             opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
-            gates[f"{cell} gate"] = opened.mean(1).detach()
+            unit = opened.std(0).argmax()  # the one whose gate moves most
+            gates[f"{cell} gate"] = opened[:, unit].detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")
     names = [common.escape_dollars(data.vocabulary[i]) for i in text]
     if gates:
         plot_cells(folder / "gates.png", title, gates, xticks=range(1, len(text) + 1),
-                   xticklabels=names, ylabel="forget or update gate (mean of layer 1)")
+                   xticklabels=names, ylabel="forget or update gate of a unit of layer 1")
 
 
 def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Return how large the gradient of the loss is 1 to T - 1 steps before the end: (T - 1,).
+    """Return the norm of the loss's gradient at 1, 2, ..., T - 1 steps before the end: (T - 1,).
 
-    The gradient is with respect to the first layer's cell (LSTM) or hidden state (GRU, RNN). Its
-    norm is averaged over sequences, and divided by the norm at the end.
+    The gradient is with respect to the first layer's cell (LSTM) or hidden state (GRU, RNN). Each
+    norm is a mean over the sequences, divided by that at the last step.
 
     The model has backend scratch. inputs: int64 (N, T), without padding; targets: int64 (N, 1).
     """
     lengths = torch.full((len(inputs),), inputs.shape[1])
     loss = cross_entropy(model(inputs, lengths), targets, reduction="sum")
-    states = [state[-1] for state, _ in model.layers.trace[0]]  # T times (N, H)
+    # The last part of a state: the LSTM's cell, or the only hidden state. T times (N, H).
+    states = [state[-1] for state, _ in model.layers.trace[0]]
     gradients = torch.stack(torch.autograd.grad(loss, states))  # (T, N, H)
     norms = gradients.norm(dim=2).mean(1)  # (T,)
     return (norms / norms[-1]).flip(0)[1:]
@@ -586,7 +606,7 @@ def predict(args: Namespace, device: torch.device) -> None:
     sequences = tokenize(texts, checkpoint["tokens"])
     unknown = sorted(set().union(*sequences).difference(checkpoint["vocabulary"]))
     if unknown:
-        common.warn(f"not in the vocabulary, read as <unk>: {' '.join(unknown[:20])}")
+        common.warn(f"not in the vocabulary, read as <unk>: {unknown[:20]}")
     for text, numbers in zip(texts, encode(sequences, checkpoint["vocabulary"])):
         logits = model(numbers[None].to(device), torch.tensor([len(numbers)]))  # (1, answers)
         probability, label = F.softmax(logits, dim=1).max(1)
@@ -611,7 +631,7 @@ def build_parser() -> common.ArgumentParser:
     add("--tasks", choices=list(MODELS), nargs="+", default=list(MODELS),
         help="tasks to train; --data FILE supports classify only")
     add("--cells", choices=list(BACKENDS["torch"]), nargs="+",
-        help="what to compare: lstm and gru; on synthetic strings to classify also rnn")
+        help="cells to compare (default: lstm, gru and, on synthetic strings to classify, rnn)")
     add("--backend", choices=list(BACKENDS), default="torch",
         help="cells of torch.nn or of this file")
     add("--hidden", type=count, default=64, help="units of a layer, and width of the embedding")
@@ -626,7 +646,7 @@ def build_parser() -> common.ArgumentParser:
 
 
 def choose_cells(args: Namespace) -> dict:
-    """The cells to train on each task. Raises UserError for options that exclude each other."""
+    """Return {task: cells to train on it}. Raises UserError for options that exclude each other."""
     cells = {"classify": ["lstm", "gru", "rnn"], "generate": ["lstm", "gru"]}
     if args.data != "synthetic":
         cells = {"classify": ["lstm", "gru"]}

@@ -64,7 +64,7 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> li
             bounds = 10**(length - 1), 10**length
             first = rng.randrange(*bounds)
             second = rng.randrange(*bounds)
-            source = f"{first}+{second}"[::-1]  # the numbers swapped, the digits reversed
+            source = f"{first}+{second}"[::-1]  # digits reversed; the numbers may swap places
         else:
             source = "".join(rng.choices(string.ascii_lowercase, k=length))
         sources.add(source)
@@ -98,7 +98,7 @@ class Vocabulary:
 
 
 class Dataset(NamedTuple):
-    """Lists of pairs (source tokens, target tokens). No source is in two of them."""
+    """Lists of pairs (source tokens, target tokens); no source is in more than one of the lists."""
 
     name: str
     vocabulary: Vocabulary
@@ -129,7 +129,7 @@ def load_data(args: Namespace) -> Dataset:
     longest = max(lengths)
     if longest > args.max_length:
         example = table[lengths.index(longest)][0][:50]
-        raise common.UserError(f"--data {args.data}: the source or target of {example} has "
+        raise common.UserError(f"--data {args.data}: the source or target of '{example}' has "
                                f"{longest} tokens; shorten it, or raise --max-length")
     # Equal sources are in the same tenth. There are no classes to spread, so all are one group.
     tenths = common.split_tenths(sources, [0] * len(sources), args.seed).tolist()
@@ -150,8 +150,8 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    # Batches of nearly equal size, at most that in max(). Unless there is only one, they have at
-    # least half of it, so that each process gets at least one pair of every batch.
+    # Batches of nearly equal size, of at most max(batch_size, 2 * WORLD) pairs. If there are
+    # several, each has at least half as many, so every process gets at least one pair of each.
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
@@ -189,7 +189,7 @@ class MultiHeadAttention(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
-        """Return keys and values (N, heads, S, d_k) of memory, after those in the cache, if any.
+        """Return keys and values (N, heads, S, d_k): those in the cache, if any, then memory's.
 
         memory is None if the cache has all of them: in cross-attention, after the first token.
         """
@@ -198,6 +198,7 @@ class MultiHeadAttention(nn.Module):
         both = self.split_heads(self.key(memory)), self.split_heads(self.value(memory))
         if cache is not None:
             if self in cache:
+                # The new keys after the old keys, the new values after the old values.
                 both = tuple(torch.cat(parts, dim=2) for parts in zip(cache[self], both))
             cache[self] = both
         return both
@@ -207,14 +208,16 @@ class MultiHeadAttention(nn.Module):
         """Each position of x (N, T, d_model) looks at the positions of memory (N, S, d_model) where
         the mask, broadcast to (N, heads, T, S), is True -> (N, T, d_model).
 
-        cache: {module: (keys, values)}
+        cache: {module: (keys, values)} of earlier positions. They come before those of memory,
+        which are added to it; the S of the mask counts both.
         """
         # 1) Project: queries from x, keys and values from memory.
         query = self.split_heads(self.query(x))  # (N, heads, T, d_k)
         key, value = self.keys_and_values(memory, cache)  # (N, heads, S, d_k)
         # 2) Attention, for all heads at once.
         y, weights = attention(query, key, value, mask)  # (N, heads, T, d_k)
-        self.attention_weights = weights[0].detach().clone()  # of one example, for a plot
+        # Of the first example, (heads, T, S), for a plot; a copy, so that the rest is freed.
+        self.attention_weights = weights[0].detach().clone()
         # 3) Concatenate the heads, and project.
         return self.output(y.transpose(1, 2).flatten(2))  # (N, T, d_model)
 
@@ -302,7 +305,8 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)  # Glorot and Bengio, 2010
-        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)  # logits start near size 1
+        # Replaces the first values of the embedding, so that logits start near size 1.
+        nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
         """int64 (N, length), the first at position `start` -> (N, length, d_model)"""
@@ -324,7 +328,8 @@ class Transformer(nn.Module):
         With a cache, target_input continues the `start` tokens of earlier calls.
         """
         x = self.embed(target_input, start)
-        # Position t attends to positions 0 to t, and predicts the token at t + 1.
+        # Position t attends to positions 0 to t, and predicts the token at t + 1. <pad> needs no
+        # mask here: it comes after all tokens whose predictions count.
         places = torch.arange(start + target_input.shape[1], device=x.device)
         causal_mask = places <= places[start:, None]  # (T, start + T)
         for layer in self.decoder:
@@ -341,7 +346,7 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     beam of 1 is greedy decoding. source: int64 (N, S) -> the best targets, int64 (N, T), with <pad>
     after <eos>, and their log-probabilities, float (N,).
     """
-    # Each hypothesis has a row: there are N * beam rows, and those of a source are side by side.
+    # Each hypothesis has a row: there are N * beam rows, and those of a source are adjacent.
     memory, source_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(source))
     # The row of each source's first hypothesis, (N, 1).
     first_row = torch.arange(0, len(memory), beam, device=source.device).unsqueeze(1)
@@ -354,7 +359,7 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
         log_probabilities = F.log_softmax(logits[:, 0], dim=1)  # (N * beam, vocabulary)
         # A hypothesis that has ended continues with <pad>, at no cost; no other one does. <bos> and
-        # <unk> are never targets.
+        # <unk> are never written.
         ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
         log_probabilities[:, [PAD, BOS, UNK]] = -math.inf
         log_probabilities[ended] = -math.inf
@@ -363,7 +368,8 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         # continues and its token: hypothesis * vocabulary_size + token.
         totals = scores.view(-1, 1) + log_probabilities  # (N * beam, vocabulary)
         scores, chosen = totals.view(len(source), -1).topk(beam)  # (N, beam)
-        rows = (first_row + chosen // vocabulary_size).flatten()  # that the new hypotheses continue
+        # The rows that the new hypotheses continue, and the tokens that they add.
+        rows = (first_row + chosen // vocabulary_size).flatten()  # (N * beam,)
         newest = (chosen % vocabulary_size).view(-1, 1)  # (N * beam, 1)
         tokens = torch.cat([tokens[rows], newest], dim=1)
         # A step never raises a score: once the best hypothesis has ended, it stays the best.
@@ -385,9 +391,10 @@ def shift_right(target: Tensor) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
-    """Return the mean cross-entropy with label smoothing (Szegedy et al., 2016), which spreads
-    `smoothing` of the target evenly over the vocabulary.
+    """Return the mean cross-entropy with label smoothing (Szegedy et al., 2016): a fraction
+    `smoothing` of each label's probability is spread evenly over the vocabulary.
 
+    It is F.cross_entropy() with label_smoothing, which PyTorch has only from 1.10 on.
     logits: float (N, vocabulary); labels: int64 (N,).
     """
     log_probabilities = F.log_softmax(logits, dim=1)
@@ -397,7 +404,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def score(row: dict) -> tuple:
-    """Return what epochs are compared by: validation token accuracy, then the lower loss."""
+    """Return what epochs are compared by: validation token accuracy, then the lower loss. Exact
+    match is coarser: it may stay 0 while the model improves.
+    """
     return row["validation_token_accuracy"], -row["validation_loss"]
 
 
@@ -406,7 +415,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     torch.manual_seed(args.seed)
     options = {
         "vocabulary_size": len(data.vocabulary.tokens),
-        "max_length": 2 * data.longest + 1,  # room for longer texts to predict, and for <eos>
+        # Not --max-length: room for <eos>, and for texts to predict of up to twice the longest.
+        "max_length": 2 * data.longest + 1,
         "d_model": args.d_model,
         "heads": args.heads,
         "layers": args.layers,
@@ -421,6 +431,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = common.load_last(folder, args, state) if args.resume else []
     ddp_model = common.wrap_model(model, args, device)
+    # By default float32 on a CPU: matrices this small gain nothing from bfloat16 there.
     autocast = common.autocast(args.precision, device, cpu_gains=False)
 
     for epoch in common.epochs_to_train(args, history, score):
@@ -449,20 +460,20 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # With a beam of 1 (greedy decoding), which is faster.
+        # Decoding is greedy here (a beam of 1, the default of measure()), because that is faster.
         validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
                                              device)
         row = {"epoch": epoch, **common.means(metrics),
                **{f"validation_{name}": value for name, value in validation.items()},
                "seconds": time.perf_counter() - start}
         history.append(row)
-        print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}  validation "
-              "{validation_loss:.3f}, exact match {validation_exact_match:.1%}  "
+        print("epoch {epoch:2}/{epochs}  loss: training {train_loss:.3f}, validation "
+              "{validation_loss:.3f}; exact match {validation_exact_match:.1%}  "
               "{seconds:.1f} s".format(epochs=args.epochs, **row), flush=True)
         best = None  # the best epoch is chosen by the validation set only
         if common.epochs_since_best(history, score) == 0:
             best = {"model": model.state_dict(), "options": options,
-                    "tokens": list(data.vocabulary.ids),
+                    "tokens": list(data.vocabulary.ids),  # the keys: all but the special tokens
                     "source_tokens": args.source_tokens, "target_tokens": args.target_tokens}
         common.save_epoch(folder, args, history, state, best)
     return history
@@ -473,7 +484,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
                   device: torch.device, beam: int = 1) -> list:
-    """Return (target tokens, probability) for each source's tokens, as the model writes them."""
+    """Return a list: for each source, the (target tokens, probability) that the model writes."""
     written = []
     for start in common.progress_bar(range(0, len(sources), 500), "decoding"):
         source = vocabulary.encode(sources[start:start + 500], device)
@@ -499,14 +510,14 @@ def edit_distance(a: tuple, b: tuple) -> int:
 def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: torch.device,
             beam: int = 1) -> dict:
     """Return the loss and token accuracy under teacher forcing; and, of what the model writes by
-    itself, the exact matches and the error rate (edit distance / length of the target). If a source
-    has several targets, the nearest counts.
+    itself, the fraction of exact matches and the error rate (edit distance / length of the target).
+    If a source has several targets, the nearest counts.
     """
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # for batches with little padding
     losses, hits = [], []
-    for start in range(0, len(pairs), 500):
-        sources, targets = zip(*pairs[start:start + 500])
+    for start in range(0, len(pairs), 100):
+        sources, targets = zip(*pairs[start:start + 100])
         target = vocabulary.encode(targets, device)  # (N, T)
         kept = target != PAD
         logits = model(vocabulary.encode(sources, device), shift_right(target))[kept]
@@ -542,7 +553,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
           "{token_accuracy:.2%} (the model of epoch {best_epoch})".format(**test))
     title = f"Transformer on {data.name}"
     figure, _ = common.plot_history(history, args, title, {
-        "loss": {"training, with label smoothing": "train_loss", "validation": "validation_loss"},
+        "loss": {"training, with --label-smoothing": "train_loss", "validation": "validation_loss"},
         "fraction correct": {"training tokens": "train_token_accuracy",
                              "validation tokens": "validation_token_accuracy",
                              "validation sequences": "validation_exact_match"},
@@ -553,7 +564,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
 
 def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
                    device: torch.device, title: str) -> None:
-    """Plot the cross-attention of the last decoder layer under teacher forcing, for a pair of which
+    """Plot the cross-attention of the last decoder layer under teacher forcing, for one pair, whose
     source and target are cut to 20 tokens.
     """
     source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
@@ -592,7 +603,7 @@ def predict(args: Namespace, device: torch.device) -> None:
                                f"{len(model.positions) - 1}; shorten it, or train on longer ones")
     unknown = set().union(*sources).difference(vocabulary.ids)
     if unknown:
-        common.warn("never seen in training: " + " ".join(sorted(unknown)[:20]))
+        common.warn(f"never seen in training: {sorted(unknown)[:20]}")
     written = write_targets(model, vocabulary, sources, device, args.beam)
     for text, (tokens, probability) in zip(texts, written):
         target = SEPARATORS[checkpoint["target_tokens"]].join(tokens)
@@ -610,7 +621,8 @@ def build_parser() -> common.ArgumentParser:
     probability = common.number(float, 0, 0.99)
     add = parser.add_argument_group("options of the Transformer").add_argument
     add("--data", default="synthetic", help="synthetic, or a CSV or TSV file: source, target")
-    add("--task", choices=TASKS, default="reverse", help="the synthetic task")
+    add("--task", choices=TASKS, default="reverse",
+        help="the synthetic task; in add, all digits are reversed")
     add("--synthetic-size", type=common.number(int, 10), default=50000,
         help="number of synthetic pairs")
     add("--source-tokens", choices=SEPARATORS, default="chars", help="tokens of a source")

@@ -66,6 +66,35 @@ def window():
     draw.save(figure, "cnn_window")
 
 
+def channels():
+    """Two output channels at one position: a kernel for every pair of channels, then a sum."""
+    patches = torch.tensor([[[0, 0, 5]] * 3, [[1] * 3, [2] * 3, [3] * 3]])
+    kernels = torch.tensor([[[[-1, 0, 1]] * 3, [[0, 0, 0], [0, -1, 0], [0, 0, 0]]],
+                            [[[0, 0, 0], [0, 0, 1], [0, 0, 0]], [[-1] * 3, [0] * 3, [1] * 3]]])
+    bias = torch.tensor([1, 0])
+    output = F.conv2d(patches[None].float(), kernels.float(), bias.float()).flatten().int()
+    figure, axis = draw.new(8.3, 4.4)
+    tops = (4.0, 2.1)  # of the two input channels
+    for m, top in enumerate(tops):
+        draw.grid(axis, 0, top, patches[m].tolist())
+        axis.text(-0.15, top - 0.75, f"$m={m + 1}$", fontsize=11, ha="right", va="center")
+    title(axis, 0.75, 4.1, "window of $x$")
+    for k, left in enumerate((2.3, 5.5)):
+        color = (draw.ORANGE, draw.GREEN)[k]
+        title(axis, left + 0.75, 4.1, f"kernels of output {k + 1}")
+        for m, top in enumerate(tops):
+            draw.grid(axis, left, top, kernels[k, m].tolist(), color=color)
+            product = (patches[m] * kernels[k, m]).sum().item()
+            draw.arrow(axis, (left + 1.55, top - 0.75), (left + 1.95, top - 0.75))
+            axis.text(left + 2.3, top - 0.75, product, fontsize=12, ha="center", va="center")
+        axis.text(left + 2.3, 2.3, "+", fontsize=12, ha="center", va="center")
+        axis.text(left + 2.3, 0.7, f"+ {bias[k]} (bias)", fontsize=10, ha="center", va="center")
+        draw.box(axis, left + 2.3, 0.15, 1.3, 0.5, f"$y_{k + 1}={output[k]}$", draw.BLUE, 12)
+        draw.arrow(axis, (left + 2.3, 0.58), (left + 2.3, 0.41))
+    axis.set(xlim=(-0.7, 8.5), ylim=(-0.2, 4.5))
+    draw.save(figure, "cnn_channels")
+
+
 def pooling():
     """Max pooling forward, and the way of the gradient back to the largest of each four."""
     values = torch.tensor([[1., 3, 0, 2], [4, 2, 1, 0], [0, 1, 5, 2], [2, 0, 3, 1]],
@@ -129,7 +158,7 @@ def receptive():
         axis.add_patch(Rectangle((first, -2.4 * number - 2.7), last - first + 1, 1.7,
                                  facecolor=draw.BLUE, edgecolor=draw.INK, linewidth=0.7))
         axis.text((first + last + 1) / 2, -2.4 * number - 1.85,
-                  f"number {number + 1}: {inside} pixels", fontsize=10, ha="center", va="center")
+                  f"value {number + 1}: {inside} pixels of the image", fontsize=10, ha="center", va="center")
     title(axis, 16, 1.4, "one row of the image: 32 pixels (white), and padding (gray)")
     draw.save(figure, "cnn_receptive")
 
@@ -177,7 +206,6 @@ def residual():
     for start, end in ((0.35, 1.07), (3.32, 3.87), (6.12, 6.72), (7.27, 7.77), (8.62, 9.2)):
         draw.arrow(axis, (start, 0), (end, 0))
     axis.plot([0.7, 0.7, 7.0], [0, 0.85, 0.85], color=draw.INK, linewidth=1)
-    axis.plot([8.6, 9.0], [0, 0], color=draw.INK, linewidth=1)
     draw.arrow(axis, (7.0, 0.85), (7.0, 0.27))
     axis.text(0.22, 0, "$x$", fontsize=12, ha="center", va="center")
     axis.text(6.4, 0.08, "$F(x)$", fontsize=10, ha="center", va="bottom")
@@ -240,6 +268,7 @@ def features(checkpoint, file, count=8):
 
 def main():
     window()
+    channels()
     pooling()
     batch_norm()
     receptive()

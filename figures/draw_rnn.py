@@ -131,7 +131,7 @@ def lstm():
     text(axis, 8.15, 0.55, "$h_t$", 13, align="left")
     for x, y, sign in ((1.8, 3.4, "×"), (3.6, 3.4, "+"), (3.6, 2.3, "×"), (6.4, 1.65, "×")):
         operation(axis, x, y, sign)
-    for x, y, words in ((1.35, 2.6, "keep"), (3.2, 2.8, "write"), (5.85, 1.85, "show")):
+    for x, y, words in ((1.35, 2.6, "1 keep"), (3.15, 2.8, "2 write"), (5.8, 1.85, "3 show")):
         text(axis, x, y, words, 11, STRONG)
     text(axis, 5.15, 3.66, "cell state: only scaled and added to", 10, STRONG)
     legend(axis, -0.62)
@@ -175,7 +175,7 @@ def gru():
     # The reset gate times the old state's part of the candidate.
     draw.arrow(axis, (2.0, 1.36), (2.0, 2.02))
     draw.arrow(axis, (1.0, 2.2), (1.82, 2.2))
-    text(axis, 1.1, 2.5, "$W_{hn}h_{t-1}$", 11, align="left")
+    text(axis, 1.06, 2.5, "$W_{hn}h_{t-1}+b_{hn}$", 10, align="left")
     line(axis, (2.18, 2.2), (2.9, 2.2))
     line(axis, (2.9, 2.2), (2.9, 1.15))
     draw.arrow(axis, (2.9, 1.15), (3.39, 1.15))
@@ -262,7 +262,8 @@ def decode(axis, y, name, fed, predicted):
         if step < 2:
             draw.arrow(axis, (x + 0.3, y), (x + 0.6, y))
     text(axis, 1.2, y + 0.45, "encoder", 10)
-    draw.arrow(axis, (2.4, y), (3.3, y), "state")
+    draw.arrow(axis, (2.4, y), (3.3, y))
+    text(axis, 2.8, y + 0.15, "state", 9)
     for step, (token, answer) in enumerate(zip(fed, predicted)):
         x = 3.65 + 1.2 * step
         draw.box(axis, x, y, 0.7, 0.5, color=draw.GRAY if "END!" in fed[:step + 1] else draw.GREEN)

@@ -4,7 +4,7 @@
   python tests/judge_texts.py words.csv
   python tests/judge_texts.py reviews-train.csv --test reviews-test.csv --out runs/reviews
 
-Without --test, the model is trained and tested on the same texts as rnn.py with --seed 0. Features
+The model is trained and, without --test, tested on the same texts as rnn.py with --seed 0. Features
 of the linear model are the tf-idf of all words and pairs of words or, with --letters, of one to
 five adjacent letters of a word; the model is logistic regression (C = 3). With --out, the run in
 there predicts the texts of --test, too. Prints one JSON object.
@@ -65,10 +65,9 @@ def main():
     parser.add_argument("--out", help="folder of an rnn.py run to judge on --test")
     args = parser.parse_args()
     rows = common.read_table(args.train, ("text", "label"))
+    train, test = split(rows)
     if args.test:
-        train, test = rows, common.read_table(args.test, ("text", "label"))
-    else:
-        train, test = split(rows)
+        test = common.read_table(args.test, ("text", "label"))
     texts, labels = zip(*test)
     model = linear_model(args.letters).fit(*zip(*train))
     found = {"texts": len(test), "linear": accuracy(list(model.predict(texts)), labels)}

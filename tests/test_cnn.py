@@ -178,11 +178,15 @@ def test_missing_sets_are_tenths_without_hidden_folders_and_copies(photos):
     (["train/a", "train/b", "Testing/a"], "rename Testing to train, val or test"),
     (["a"], "photos has 1 class folders; at least two are needed"),
     (["train/a", "train/b", "test/a", "test/b", "c"],
-     "beside train there may be val and test, and no other folder; found c, test, train"),
+     "found c, test, train; beside val or test there must be train, and nothing else; put class "
+     "folders into it"),
+    (["train/a", "train/b", "dev/a"], "rename dev to train, val or test"),
     (["a", "b", "test/a"],
-     "beside train there may be val and test, and no other folder; found a, b, test"),
+     "found a, b, test; beside val or test there must be train, and nothing else; put class "
+     "folders into it"),
     (["val/a", "val/b", "test/a", "test/b"],
-     "beside train there may be val and test, and no other folder; found test, val"),
+     "found test, val; beside val or test there must be train, and nothing else; put class "
+     "folders into it"),
     (["train/a", "train/b", "test/a", "test/c"],
      "photos/test and photos/train do not have the same classes: b, c"),
 ])
@@ -205,7 +209,7 @@ def test_a_class_that_shows_nothing_is_a_warning_and_an_empty_one_an_error(photo
     for i in range(30):
         save(Path("photos", "train", "dark", f"{i}.png"), np.full((8, 8, 3), i))
     data, _ = load()
-    with pytest.warns(UserWarning, match="images of dark are the same, or of a single color"):
+    with pytest.warns(UserWarning, match="images of dark are one image, copies, or of one color"):
         cnn.describe_classes(data)
 
 

@@ -299,7 +299,7 @@ def test_all_targets_of_a_source_are_in_one_set(tmp_path):
     ("source\ttarget\n" + "a\tb\n" * 20, "at least 10 different sources are needed"),
     ("".join(f"{a}\t{b}\n" for a, b in ROWS), "must name the columns source and target"),
     ("source\ttarget\n" + "".join(f"{a}\t{b}\n" for a, b in ROWS) + "long one\t" + "x" * 300,
-     "the source or target of long one has 300 tokens; shorten it, or raise --max-length")))
+     "the source or target of 'long one' has 300 tokens; shorten it, or raise --max-length")))
 def test_files_that_cannot_be_used(tmp_path, content, message):
     path = write(tmp_path / "pairs.tsv", content)
     with pytest.raises(common.UserError) as error:
