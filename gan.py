@@ -4,9 +4,10 @@
   python gan.py --data my_images   your own images, in a folder of any layout
   python gan.py --sample 100       generate 100 images with the trained model
 
-Generated images go to images/, plots and checkpoints to runs/gan. With another --out, all of it
-goes there, the images to its subfolder images. Without --epochs, a run has 60 epochs, or fewer if
-there are more than about 9,000 training images. gan.md explains every part.
+Generated images go to images/, where a later run overwrites them, plots and checkpoints to
+runs/gan. With another --out, all of it goes there, the images to its subfolder images. Without
+--epochs, a run has at most 60 epochs, and fewer if there are more than about 9,000 training images.
+gan.md explains every part.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import common
 
 # ---------------------------------------------------------------- Data
 
+# --data: the name of the data set's class in torchvision.
 TORCHVISION = {"auto": "MNIST", "mnist": "MNIST", "fashion-mnist": "FashionMNIST",
                "cifar10": "CIFAR10"}
 # Fonts that come with Matplotlib.
@@ -95,7 +97,7 @@ def load_data(args: Namespace) -> Dataset:
             if args.data != "auto":
                 raise
             common.warn(f"{error}; training on synthetic digits instead")
-            args.data = "synthetic"
+            args.data = "synthetic"  # they are made below
     elif args.data != "synthetic":
         sets = {"train": load_folder(args)}
     if args.data == "synthetic":  # asked for, or the fallback
@@ -142,7 +144,8 @@ class Generator(nn.Module):
             nn.Unflatten(1, (4 * width, side, side)),  # (N, 256, 3, 3)
             nn.BatchNorm2d(4 * width),
             nn.ReLU(),
-            # Doubling 3 gives 6; 7 needs one more row and column.
+            # The next side is size // 4. If it is odd, doubling size // 8 falls one short of it (6,
+            # not 7), and output_padding adds a row and a column.
             nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1, output_padding=size // 4 % 2,
                                bias=False),  # (N, 128, 7, 7)
             nn.BatchNorm2d(2 * width),
@@ -181,9 +184,9 @@ class Discriminator(nn.Module):
             nn.Linear(4 * width * (size // 8)**2, 1),  # (N, 1)
         )
         self.apply(initialize)
-        # Convolutions are faster in this memory format, but wrong with one channel in PyTorch 1.12
-        # (issue 82060). Transposed convolutions are not faster, and wrong in PyTorch 2.0 (issue
-        # 99519), so the generator keeps the default format.
+        # Convolutions are faster in this memory format, but with one channel wrong in PyTorch 1.12
+        # (issue 82060), so it and older versions do without. Transposed convolutions are not
+        # faster, and wrong in PyTorch 2.0 (issue 99519): the generator keeps the default format.
         if common.VERSION >= (1, 13):
             self.to(memory_format=torch.channels_last)
 
@@ -200,7 +203,10 @@ PENALTY_EVERY = 16
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """Return the mean of -log D(x) - log(1 - D(G(z))); D is the sigmoid of the logits (N,)."""
+    """Return the mean of -log D(x) - log(1 - D(G(z))), where D is the sigmoid of the logits (N,).
+
+    -log sigmoid(l) = softplus(-l), and -log(1 - sigmoid(l)) = softplus(l).
+    """
     return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
 
 
@@ -210,10 +216,11 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """Return R1 (Mescheder et al., 2018): the mean squared norm of the gradient of the logits with
-    respect to the real images.
+    """Return R1 (Mescheder et al., 2018): the squared norm of the gradient of the logits with
+    respect to a real image, as the mean over the images.
 
-    It keeps the discriminator flat around them, which makes the training converge.
+    It keeps the discriminator flat around them, which makes the training converge. With batch norm,
+    an image also changes the other logits of the batch a little; the gradient is of their sum.
     """
     real = real.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
@@ -254,7 +261,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     generator = Generator(**options).to(device)
     generator_ema = copy.deepcopy(generator)  # exponential moving average of the weights
     images = data.train.to(device)
-    steps = len(common.shuffled_batches(len(images), args.batch_size))  # in an epoch
+    steps = len(common.shuffled_batches(len(images), args.batch_size))  # the same in any epoch
     optimizer_d = make_optimizer(discriminator, args)
     optimizer_g = make_optimizer(generator, args)
     scheduler_d = common.make_scheduler(optimizer_d, args, steps)
@@ -274,6 +281,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         metrics = []
         batches = common.shuffled_batches(len(images), args.batch_size, args.seed, epoch)
         bar = common.progress_bar(batches.to(device), f"epoch {epoch}/{args.epochs}")
+        # step counts from the start of the training, over all epochs.
         for step, indices in enumerate(bar, start=(epoch - 1) * steps):
             real = to_float(images[indices])
             z = torch.randn(len(real), args.latent, device=device)
@@ -281,7 +289,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             # (1) Discriminator: maximize log D(x) + log(1 - D(G(z))).
             with autocast:
                 fake = ddp_generator(z)
-                real_logits = ddp_discriminator(real)  # each kind has its own batch statistics
+                # Two calls, so that batch norm does not mix real and generated images.
+                real_logits = ddp_discriminator(real)
                 fake_logits = ddp_discriminator(fake.detach())  # no gradient for the generator
             loss_d = discriminator_loss(real_logits.float(), fake_logits.float())
             penalty = 0
@@ -294,8 +303,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             optimizer_d.step()
 
             # (2) Generator: maximize log D(G(z)), with the discriminator as it is now.
-            # The discriminator only passes the gradient on. Its own weights get none, so there is
-            # nothing to average over processes, and it is called without its wrapper.
+            # The gradient passes through the discriminator, whose own weights need none here. So it
+            # is called without its wrapper, which averages their gradients over processes.
             discriminator.requires_grad_(False)
             with autocast:
                 logits = discriminator(fake)
@@ -325,8 +334,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         row = {"epoch": epoch, **common.means(metrics), **quality,
                "seconds": time.perf_counter() - start}
         history.append(row)
-        print(f"epoch {epoch:2}/{args.epochs}  losses {row['discriminator_loss']:.2f}, "
-              f"{row['generator_loss']:.2f}  Fréchet {row['frechet']:.3f}, "
+        print(f"epoch {epoch:2}/{args.epochs}  losses: D {row['discriminator_loss']:.2f}, "
+              f"G {row['generator_loss']:.2f}  Fréchet {row['frechet']:.3f}, "
               f"coverage {row['coverage']:.1%}  {row['seconds']:.1f} s", flush=True)
         path = image_folder(args) / f"epoch_{epoch:03}.png"
         common.on_first_process(save_grid, path, samples[:64], 8)
@@ -353,8 +362,9 @@ def generate(generator: Generator, z: Tensor) -> Tensor:
     """
     generator.eval()
     device = generator.layers[0].weight.device
-    images = torch.cat([generator(batch.to(device)).cpu() for batch in z.split(500)])
-    return (images.permute(0, 2, 3, 1) * 127.5 + 127.5).round().byte()  # undoes to_float()
+    images = torch.cat([(generator(batch.to(device)) * 127.5 + 127.5).round().byte().cpu()
+                        for batch in z.split(500)])
+    return images.permute(0, 2, 3, 1)  # undoes to_float()
 
 
 def random_features(images: Tensor) -> Tensor:
@@ -383,6 +393,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)), where A and B are the covariances. Dowson
     and Landau, 1982; for generated images Heusel et al., 2017.
     """
+    # NumPy takes tensors, and computes in double precision: the trace is a small difference.
     cov_a = np.cov(a.T)
     cov_b = np.cov(b.T)
     values, vectors = np.linalg.eigh(cov_a)
@@ -419,12 +430,14 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
     """Measure the best generator on the test set; draw plots and images; write summary.json."""
     generator = load_generator(folder / "best.pt", device)
+    # At least as many as there are test images: random_sample() keeps at most 5,000.
     samples = generate(generator, latent_vectors(5000, generator.latent, args.seed + 1))
     # The metrics depend on the number of images, so it is the same for the test images, the
     # generated ones, and the training images, whose metrics a perfect generator would reach.
     real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
+    # What can be reached: for the distance from above, for density and coverage from below.
     floor = measure(real_features, data.train[:len(real)])
     test.update({f"{name}_floor": value for name, value in floor.items()})
     test["best_epoch"] = max(history, key=score)["epoch"]
@@ -433,7 +446,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     image_dir = image_folder(args)
     save_grid(image_dir / "final.png", samples[:200], 20)
     save_grid(image_dir / "interpolation.png", interpolate(generator, args.seed), 10)
-    # As floats, all training images might not fit into memory.
+    # As floats, more training images might not fit into memory.
     save_grid(image_dir / "nearest.png", nearest_images(samples[:10], data.train[:20000]), 9)
     save_animation(image_dir, history)
     print(f"\ntest set of {args.data}, weights of epoch {test['best_epoch']} (training images in "
@@ -504,7 +517,8 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
 def save_animation(folder: Path, history: list) -> None:
     """Write progress.gif, an animation of the grids of all epochs."""
     paths = [folder / f"epoch_{row['epoch']:03}.png" for row in history]
-    # The files are opened one after the other. Some may be missing, if --out was renamed.
+    # The files are opened one after the other. Some may be missing: if runs/gan was renamed and the
+    # run resumed, its earlier images are still in images/.
     frames = (Image.open(path) for path in paths if path.exists())
     first = next(frames, None)
     if first:
@@ -521,7 +535,9 @@ def load_generator(path: Path, device: torch.device) -> Generator:
 
 
 def write_samples(args: Namespace, device: torch.device) -> None:
-    """Write --sample generated images to samples/ in image_folder(), and print their paths."""
+    """Write --sample generated images to samples/ in image_folder(), and print their paths. Images
+    of an earlier call are overwritten, or left if there were more.
+    """
     generator = load_generator(Path(args.out, "best.pt"), device)
     folder = image_folder(args) / "samples"
     folder.mkdir(parents=True, exist_ok=True)
@@ -546,10 +562,10 @@ def build_parser() -> common.ArgumentParser:
     add("--data", default="auto",
         help="auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images")
     add("--size", type=common.number(int, 8), default=32,
-        help="side in pixels to which a folder's images are resized, a multiple of 4")
+        help="a folder's images are resized and cropped to SIZE x SIZE pixels, a multiple of 4")
     add("--limit", type=common.number(int, 100),
-        help="use only LIMIT training images, or files of a folder, before validation images "
-             "(and a folder's test images) are taken")
+        help="use only LIMIT training images (of a folder: files), out of which missing sets are "
+             "taken")
     add("--latent", type=count, default=100, help="length of the latent vector")
     add("--width", type=count, default=64, help="channels at half the image's size")
     add("--beta1", type=decay, default=0.5, help="decay of AdamW's mean gradient")
@@ -570,7 +586,7 @@ def main() -> None:
         return
     data = load_data(args)
     args.checksum = zlib.crc32(data.train.numpy())  # load_last() refuses other data
-    # At most 60 epochs, and no more than about 540,000 images in all.
+    # As many epochs as it takes to see 540,000 images, but at most 60.
     args.epochs = args.epochs or min(60, math.ceil(540_000 / len(data.train)))
     common.describe_sets(args.data, device, data.train, data.validation, data.test)
     with common.run_folder(args) as folder:
