@@ -533,6 +533,10 @@ def save_figure(path: Path, figure: Any) -> None:
     write_or_warn(path, lambda path: figure.savefig(str(path), dpi=100))
 
 
+# A legend stands above its panel, where it covers no curve.
+LEGEND = {"fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1), "frameon": False}
+
+
 def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tuple:
     """Plot the history: a panel for each {ylabel: {label: column}}, with up to three curves, and
     one for the learning rate. Returns the figure and {ylabel: axis}, for a script to add to.
@@ -549,7 +553,7 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
             values = [row[column] for row in history]
             axes[ylabel].plot(epoch, values, style, marker=".", label=label)
     clipped = [row[name] for row in history for name in row if name.endswith("clipped")]
-    limit = f"limit (--clip), which {np.mean(clipped):.0%} of the steps exceed"
+    limit = f"limit (--clip): {np.mean(clipped):.0%} of the steps exceed it"
     axes["gradient norm"].axhline(args.clip, color="black", linewidth=1, label=limit)
     # The schedule itself, at many moments, so that the warm-up is seen.
     progress = np.linspace(0, epoch[-1] / args.epochs, 1000)
@@ -559,7 +563,7 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
     for ylabel, axis in axes.items():
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+        axis.legend(**LEGEND)
         if ylabel.startswith("fraction"):
             axis.set_ylim(top=min(1, axis.get_ylim()[1]))
     return figure, axes

@@ -474,7 +474,7 @@ def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> 
         floor = frechet_distance(random_features(data.validation),
                                  random_features(data.train[:VALIDATION_SAMPLES]))
         axis.axhline(floor, color="black", linewidth=1, label="training to validation images")
-        axis.legend(fontsize=8)
+        axis.legend(**common.LEGEND)
     common.save_figure(folder / "curves.png", figure)
 
 
