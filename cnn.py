@@ -553,7 +553,7 @@ def main() -> None:
     args = common.parse_options(build_parser())
     if args.size % 8:  # each of three poolings halves it
         raise common.UserError("--size must be a multiple of 8")
-    device = common.select_device(args.device)
+    device = common.select_device(args)
     if args.predict:
         predict(args, device)
         return

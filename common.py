@@ -54,10 +54,11 @@ def run_main(main: Callable) -> None:
         main()
         sys.stdout.flush()
     except (UserError, OSError) as error:
-        if not isinstance(error, BrokenPipeError):
+        if not isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`
             message = " ".join(str(error).split())
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        # What is still buffered cannot be written if the disk is full or the reader gone.
+        # What is still buffered cannot be written if the disk is full or the reader gone; then send
+        # it to nowhere, or Python would fail on it again when it exits.
         try:
             sys.stdout.flush()
         except OSError:
@@ -88,7 +89,7 @@ def start_processes() -> None:
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    if RANK > 0 or WORLD > 1:  # RANK alone is an error
+    if RANK > 0 or WORLD > 1:  # RANK without WORLD_SIZE is an error of the next call
         try:
             dist.init_process_group("gloo")
         except ValueError as error:
@@ -103,6 +104,7 @@ def wrap_model(model: nn.Module, args: Namespace, device: torch.device) -> nn.Mo
         model = torch.compile(model)
     if WORLD == 1:
         return model
+    # Gradients on a GPU need NCCL; gloo, the default group, is for everything else.
     group = dist.new_group(backend="nccl") if device.type == "cuda" else None
     # Batch norm's running statistics are those of the first process, which evaluates and saves.
     return nn.parallel.DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
@@ -128,18 +130,19 @@ def on_first_process(function: Callable, *arguments: Any) -> Any:
 
 
 def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
-    """Return the indices 0 to count - 1 in random order, as batches: int64 (steps, batch_size).
+    """Return the indices 0 to count - 1 in random order, as the batches of this process: int64
+    (steps, batch_size / WORLD).
 
-    The last, incomplete batch is dropped. With several processes, each has its share of the
-    columns.
+    seed: integers that seed the order. A batch has at most `count` examples; the last, incomplete
+    one is dropped.
     """
-    batch_size = min(batch_size, count) // WORLD * WORLD
+    batch_size = min(batch_size, count) // WORLD * WORLD  # of all processes together
     if batch_size < 2 * WORLD:  # batch norm needs two examples
-        raise UserError(f"--batch-size: a step needs at least {2 * WORLD} training examples")
+        raise UserError(f"--batch-size: a step needs at least {2 * WORLD} training examples; "
+                        "provide more, or a larger --batch-size")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count)).long()
-    steps = count // batch_size
-    batches = order[:steps * batch_size].view(steps, batch_size)
-    return batches[:, RANK::WORLD]
+    used = count // batch_size * batch_size
+    return order[:used].view(-1, batch_size)[:, RANK::WORLD]
 
 
 # ---------------------------------------------------------------- Device and precision
@@ -149,7 +152,7 @@ VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
 SAFE_LOADING = {"weights_only": True} if VERSION >= (2, 0) else {}
 # AdamW in one pass over all parameters; before 2.5 not on every device.
 FUSED = {"fused": True} if VERSION >= (2, 5) else {}
-# Whether the CPU has instructions for bfloat16; old versions of PyTorch cannot tell.
+# Whether an x86 CPU has instructions for bfloat16. False where PyTorch is too old to tell.
 try:
     capabilities = torch.cpu.get_capabilities()
     CPU_HAS_BFLOAT16 = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
@@ -157,8 +160,12 @@ except AttributeError:
     CPU_HAS_BFLOAT16 = False
 
 
-def select_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` is CUDA if it is available, otherwise the CPU."""
+def select_device(args: Namespace) -> torch.device:
+    """Return the device of --device; `auto` is CUDA if it is available, otherwise the CPU.
+
+    Raises UserError if it does not work, or does not support --precision.
+    """
+    name = args.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -170,14 +177,15 @@ def select_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: {str(error)[:200]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    autocast(args.precision, device)
     return device
 
 
 def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> Any:
     """Return the autocast context of a forward pass.
 
-    `auto` is bfloat16 where the device has it; on a CPU only with `cpu_gains`, for models whose
-    matrices are large enough.
+    `auto` is bfloat16 on a GPU that has it, and on a CPU that has it if `cpu_gains`: whether the
+    matrices of the model are large enough to be faster. `bfloat16` raises UserError without it.
     """
     on_gpu = device.type == "cuda"
     if on_gpu:
@@ -189,7 +197,8 @@ def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> An
     if precision == "float32":
         return contextlib.nullcontext()
     if not has_bfloat16:
-        raise UserError("--precision bfloat16: this device (or PyTorch) does not have it; use auto")
+        raise UserError("--precision bfloat16: this device, or this version of PyTorch, is not "
+                        "known to support it; use auto")
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
@@ -197,7 +206,7 @@ def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> An
 
 # Options that --resume may change; a new value of any other one is an error.
 RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "beam", "device",
-             "precision", "compile", "resume"}
+             "precision", "compile", "resume", "predict", "sample"}
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -207,11 +216,11 @@ class ArgumentParser(argparse.ArgumentParser):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of the description, and shows default values that are not None, except
-    of flags.
+    those of flags.
     """
 
-    def _get_help_string(self, action):
-        if action.default is None or action.nargs == 0:
+    def _get_help_string(self, action):  # argparse calls it for each option
+        if action.default is None or action.nargs == 0:  # 0: a flag
             return action.help
         return super()._get_help_string(action)
 
@@ -262,13 +271,15 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    checkpoints = sorted(Path(args.out).glob(f"{args.subfolder}/last.pt"))
-    path = checkpoints[0] if checkpoints else Path(args.out, "last.pt")
+    # rnn.py has several, all with the same options. If there is none, the error names the default.
+    path = min(Path(args.out).glob(f"{args.subfolder}/last.pt"),
+               default=Path(args.out, "last.pt"))
     saved = load_checkpoint(path, args.script)["options"]
     # Parse again: what is given on the command line overrides what was saved.
     parser.set_defaults(**saved)
     parser.set_defaults(out=args.out)  # the folder may have been renamed
     args = parser.parse_args()
+    # What is saved and no option (script, subfolder, checksum) is always equal now.
     for name in sorted(saved.keys() - RESUMABLE):
         if getattr(args, name) != saved[name]:
             flag = "--" + name.replace("_", "-")
@@ -287,7 +298,7 @@ def lock(folder: Path) -> None:
     try:
         import fcntl  # not on Windows
         # The descriptor is never closed: the lock is released when this process ends.
-        fcntl.flock(os.open(str(folder), os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass
     except BlockingIOError:
@@ -299,7 +310,7 @@ def lock(folder: Path) -> None:
 
 @contextlib.contextmanager
 def run_folder(args: Namespace) -> Iterator[Path]:
-    """The context of a training run: its folder, for this run alone.
+    """The context of a training run: yields its folder, which no other run may use.
 
     An earlier run in it is moved aside, unless it is resumed. A run that is interrupted says how
     to continue; checkpoints are replaced in one step, so it may be interrupted at any moment.
@@ -309,14 +320,13 @@ def run_folder(args: Namespace) -> Iterator[Path]:
         raise UserError(f"--out {args.out} holds more than a run; name a folder of its own")
 
     def prepare():
-        folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
         if any(folder.glob(f"{args.subfolder}/*.pt")) and not args.resume:
+            lock(folder)  # an error if that run is still going on
             old = f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder.rename(old)
             warn(f"--out {args.out} held another run, which is now in {old}")
-            folder.mkdir()
-            lock(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
     on_first_process(prepare)
     try:
         yield folder
@@ -346,7 +356,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load() does not verify checksums
         if damaged:
             raise ValueError(f"the checksum of {damaged} is wrong")
-        checkpoint = torch.load(str(path), map_location="cpu", **SAFE_LOADING)
+        checkpoint = torch.load(path, map_location="cpu", **SAFE_LOADING)
         author = checkpoint["script"]
     except Exception as error:
         raise UserError(f"{path} is damaged or not a checkpoint: {str(error)[:200]}") from None
@@ -358,7 +368,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
 def load_last(folder: Path, args: Namespace, state: dict) -> list:
     """Load last.pt into the parts of `state`; return the history of the run so far.
 
-    Raises UserError if the data are not those of that run, as told by `args.checksum`, which the
+    Raises UserError if the data are not those of that run, judging by `args.checksum`, which the
     script sets when it has loaded them.
     """
     checkpoint = load_checkpoint(folder / "last.pt", args.script)
@@ -372,22 +382,22 @@ def load_last(folder: Path, args: Namespace, state: dict) -> list:
 
 def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
                best: dict | None) -> None:
-    """Write the history to history.csv, `state` to last.pt and, if given, `best` to best.pt, which
-    also has "script", and "metrics": the last row of the history.
+    """Write the files of an epoch: history.csv; last.pt, with `state`; and best.pt if there is a
+    `best`, to which "script" and "metrics" (the last row of the history) are added.
 
     Raises UserError, and writes nothing, if a value in the history's last row is not finite.
     """
+    # In every process: each has its own losses.
     if not all(map(math.isfinite, history[-1].values())):
         raise UserError("the loss or its gradient is not finite; start again with a lower --lr or "
                         "--clip (checkpoints of earlier epochs are kept)")
     if RANK > 0:
         return
-    lines = [history[0].keys(), *(row.values() for row in history)]
+    lines = [history[0], *map(dict.values, history)]  # a dict iterates over its keys
     table = "\n".join(",".join(map(str, line)) for line in lines)
     write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
     if best:
-        best = {**best, "script": args.script, "metrics": history[-1]}
-        save_checkpoint(folder / "best.pt", best)
+        save_checkpoint(folder / "best.pt", {**best, "script": args.script, "metrics": history[-1]})
     last = {name: part.state_dict() for name, part in state.items()}
     last.update(script=args.script, options=vars(args), history=history)
     save_checkpoint(folder / "last.pt", last)
@@ -430,7 +440,8 @@ def warmup_cosine(progress: float, warmup: float) -> float:
     """
     if progress < warmup:
         return progress / warmup
-    done = min(1, (progress - warmup) / (1 - warmup))  # asked once more after the last step
+    # At most 1: LambdaLR asks for one more step than there are.
+    done = min(1, (progress - warmup) / (1 - warmup))
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
@@ -453,8 +464,9 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
 def means(steps: list) -> dict:
     """Return the mean of each metric over the steps of an epoch.
 
-    steps: a dict {name: tensor ()} for each step. The tensors stay on the device until here, so
-    that no step waits for it. With several processes, each has the means over its own examples.
+    steps: for each step, a dict of tensors with one element each. They stay on the device until
+    here, so that no step waits for it. With several processes, each has the means over its own
+    examples.
     """
     return {name: torch.stack([step[name] for step in steps]).float().mean().item()
             for name in steps[0]}
@@ -467,11 +479,11 @@ def epochs_since_best(history: list, score: Callable) -> int:
 
 
 def epochs_to_train(args: Namespace, history: list, score: Callable) -> Iterator[int]:
-    """Yield the numbers of the epochs to train: up to --epochs, or until early stopping, which does
-    not act during the warm-up. The caller appends a row to `history` in each epoch.
+    """Yield the numbers of the epochs to train: up to --epochs, or until early stopping, which
+    waits until the warm-up is over. The caller appends a row to `history` in each epoch.
     """
     while len(history) < args.epochs:
-        warmed_up = len(history) > args.warmup * args.epochs
+        warmed_up = len(history) > args.warmup * args.epochs  # never with an empty history
         if warmed_up and epochs_since_best(history, score) >= args.patience:
             print(f"early stopping: no improvement on validation for {args.patience} epochs")
             break
@@ -484,6 +496,7 @@ def epochs_to_train(args: Namespace, history: list, score: Callable) -> Iterator
 
 def progress_bar(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
     """Return a progress bar of 80 columns that stays silent in a log file."""
+    # disable=None: unless the output is a terminal.
     return tqdm(iterable, description, total, leave=False, disable=RANK > 0 or None, ncols=80)
 
 
@@ -492,7 +505,7 @@ def progress_bar(iterable: Iterable, description: str, total: int | None = None)
 
 def classification_report(predicted: Tensor, labels: Tensor, classes: list) -> dict:
     """Return the accuracy, the accuracy of always predicting the largest class, the macro-averaged
-    F1, and the accuracy on each class (None without examples).
+    F1 (over classes with examples), and the accuracy on each class (None without examples).
 
     predicted, labels: int64 (N,).
     """
@@ -510,8 +523,8 @@ def classification_report(predicted: Tensor, labels: Tensor, classes: list) -> d
 
 def print_report(report: dict) -> None:
     """Print what classification_report() returns."""
-    print("accuracy {accuracy:.2%} (always predicting the largest class: {largest_class:.2%}), "
-          "macro-averaged F1 {macro_f1:.3f}".format(**report))
+    print(f"accuracy {report['accuracy']:.2%} (always predicting the largest class: "
+          f"{report['largest_class']:.2%}), macro-averaged F1 {report['macro_f1']:.3f}")
     for name, accuracy in report["per_class"].items():
         print("       -" if accuracy is None else f"{accuracy:8.2%}", name)
 
@@ -530,7 +543,7 @@ def escape_dollars(text: str) -> str:
 
 
 def save_figure(path: Path, figure: Any) -> None:
-    write_or_warn(path, lambda path: figure.savefig(str(path), dpi=100))
+    write_or_warn(path, figure.savefig)
 
 
 # A legend stands above its panel, where it covers no curve.
@@ -538,13 +551,16 @@ LEGEND = {"fontsize": 8, "loc": "lower left", "bbox_to_anchor": (0, 1), "frameon
 
 
 def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tuple:
-    """Plot the history: a panel for each {ylabel: {label: column}}, with up to three curves, and
-    one for the learning rate. Returns the figure and {ylabel: axis}, for a script to add to.
+    """Plot the history in panels, two in a row; the last one shows the learning rate.
 
-    The panel "gradient norm" is required; it also shows --clip, and how many steps exceeded it (the
-    columns whose names end in "clipped"). The axis of a panel "fraction ..." ends at 1 at most.
+    panels: {ylabel: {label in the legend: column of the history}}, up to three curves in a panel.
+    Returns the figure and {ylabel: axis}, for a script to add to.
+
+    The panel "gradient norm" is required. It also shows --clip, and the fraction of the steps that
+    exceeded it: the mean of all columns whose names end in "clipped". The axis of a panel
+    "fraction ..." ends at 1 at most.
     """
-    rows = len(panels) // 2 + 1
+    rows = len(panels) // 2 + 1  # two panels in a row, and one more panel
     figure, grid = new_figure(rows, 2, (8.3, 2.8 * rows), title)
     axes = dict(zip([*panels, "learning rate"], grid.flat))
     epoch = [row["epoch"] for row in history]
@@ -556,10 +572,9 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
     limit = f"limit (--clip): {np.mean(clipped):.0%} of the steps exceed it"
     axes["gradient norm"].axhline(args.clip, color="black", linewidth=1, label=limit)
     # The schedule itself, at many moments, so that the warm-up is seen.
-    progress = np.linspace(0, epoch[-1] / args.epochs, 1000)
-    rates = [args.lr * warmup_cosine(moment, args.warmup) for moment in progress]
-    label = f"schedule of {args.epochs} epochs"
-    axes["learning rate"].plot(args.epochs * progress, rates, label=label)
+    moments = np.linspace(0, epoch[-1], 1000)
+    rates = [args.lr * warmup_cosine(moment / args.epochs, args.warmup) for moment in moments]
+    axes["learning rate"].plot(moments, rates, label=f"schedule of {args.epochs} epochs")
     for ylabel, axis in axes.items():
         axis.set(xlabel="epoch", ylabel=ylabel)
         axis.grid(alpha=0.3)
@@ -589,9 +604,9 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
     """Take a tenth of "train" for each of "test" and "val" that is missing; then leave no image in
     two sets.
 
-    sets: {"train": (images, labels), ...}, changed in place. Equal images have equal pixels.
+    sets: {"train": (images, labels), ...}, changed in place. Images with the same pixels are equal.
     """
-    def contents(images):
+    def contents(images):  # the hashes differ between runs; only which are equal matters
         return [hash(image.tobytes()) for image in images.numpy()]
     images, labels = sets["train"]
     part = split_tenths(contents(images), labels.tolist(), seed)
@@ -602,7 +617,7 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
     for name in ("test", "val", "train"):
         images, labels = sets[name]
         keys = contents(images)
-        if len(set(keys) - seen) < 2:  # a single one has no variance
+        if len(set(keys) - seen) < 2:  # metrics such as a variance need two
             raise UserError(f"--data: fewer than two different images are left for the {name} set; "
                             "provide more of them")
         new = torch.tensor([key not in seen for key in keys])
@@ -612,10 +627,10 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
 
 def describe_sets(name: str, device: torch.device, *sets: Sequence) -> None:
     """Print the sizes of the training, validation and test set, and warn if one is very small."""
-    sizes = [len(examples) for examples in sets]
-    print("{}, on {}: {:,} training, {:,} validation and {:,} test examples".format(
-        name, device, *sizes), flush=True)
-    if min(sizes[1:]) < 30:
+    train, validation, test = map(len, sets)
+    print(f"{name}, on {device}: {train:,} training, {validation:,} validation and {test:,} test "
+          "examples", flush=True)
+    if min(validation, test) < 30:
         warn("with fewer than 30 examples to validate or test on, the results are mostly chance")
 
 
@@ -635,7 +650,7 @@ def read_table(path: str, names: tuple) -> list:
         raise UserError(f"--data {path}: not a text file in UTF-8 (is it .xlsx or .gz?); save the "
                         "table as CSV in UTF-8") from None
     tabs = {}
-    if "\t" in text.partition("\n")[0]:  # a TSV file, in which quotation marks mean nothing
+    if "\t" in text.partition("\n")[0]:  # a TSV file, whose quotation marks are kept as they are
         tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True, **tabs)
     rows = []
@@ -644,15 +659,16 @@ def read_table(path: str, names: tuple) -> list:
         columns = [header.index(name) for name in names]
         for row in filter(None, reader):
             if len(row) != len(header):
-                raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; a text "
-                                 "with a comma in it needs quotation marks around it")
+                raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; in a CSV "
+                                 "file, a text with a comma in it needs quotation marks around it")
             cells = tuple(clean_text(row[column]) for column in columns)
             if "" in cells or tuple(map(str.lower, cells)) == names:
                 raise ValueError("an empty cell or a repeated header; correct or delete the line")
             rows.append(cells)
     except (ValueError, csv.Error) as error:
         raise UserError(f"--data {path}, line {reader.line_num}: {error} (the first line must name "
-                        f"the columns {' and '.join(names)})") from None
+                        f"the columns {' and '.join(names)}; commas or tabs separate them)"
+                        ) from None
     if not rows:
         raise UserError(f"--data {path}: there are no rows below the header")
     return rows
@@ -709,22 +725,13 @@ def check_apart(data: str, *written: str) -> None:
 
 
 def image_files(folder: str) -> list:
-    """The files below a folder, sorted, without hidden and system files.
-
-    Linked folders are followed, but no folder is visited twice.
-    """
+    """The files below a folder, sorted, without hidden and system files. Links are followed."""
     def report(error):
         warn(f"skipped a folder: {error}")
-    files, visited = [], set()
+    files = []
     for base, folders, names in os.walk(folder, onerror=report, followlinks=True):
-        # A link to a folder above would make the walk endless.
-        target = os.path.realpath(base)
-        if target in visited:
-            folders.clear()
-            continue
-        visited.add(target)
         # os.walk() visits the folders that are left in this list.
-        folders[:] = filter(is_visible, sorted(folders))
+        folders[:] = filter(is_visible, folders)
         files += [os.path.join(base, name) for name in filter(is_visible, names)]
     return sorted(files)
 
@@ -740,7 +747,7 @@ def read_images(paths: list, size: int) -> tuple:
     Returns the images, uint8 (N, size, size, 3), and the indices of their paths. Raises UserError
     if there are none, or more than fit into half of the memory.
     """
-    gigabytes = len(paths) * size**2 * 3 / 1e9
+    gigabytes = len(paths) * size**2 * 3 / 1e9  # and as much again while np.stack() copies them
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
         if gigabytes > memory / 2:
@@ -754,7 +761,7 @@ def read_images(paths: list, size: int) -> tuple:
             warn(f"skipped {error}")
             return None
     # Pillow decodes without holding Python's lock, so threads run side by side.
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor() as threads:
         images = list(progress_bar(threads.map(read, paths), "reading images", len(paths)))
     kept = [i for i, image in enumerate(images) if image is not None]
     if len(kept) < len(paths):
@@ -782,9 +789,10 @@ def load_torchvision(name: str, data_dir: str) -> tuple:
                             ) from None
     on_first_process(download)
     sets = {}
-    for set_name, train in (("train", True), ("test", False)):
-        data = dataset(data_dir, train)
-        # CIFAR-10's images are a transposed view, and gray images lack the last dimension.
+    for part in ("train", "test"):
+        data = dataset(data_dir, part == "train")
+        # CIFAR-10's images are a transposed view, which zlib.crc32() refuses; gray images lack the
+        # last dimension.
         images = torch.as_tensor(data.data).contiguous()
-        sets[set_name] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
+        sets[part] = images.reshape(*images.shape[:3], -1), torch.as_tensor(data.targets)
     return sets, data.classes

@@ -580,7 +580,7 @@ def main() -> None:
     args = common.parse_options(build_parser())
     if args.size % 4:
         raise common.UserError("--size must be a multiple of 4")
-    device = common.select_device(args.device)
+    device = common.select_device(args)
     if args.sample:
         write_samples(args, device)
         return

@@ -660,7 +660,7 @@ def choose_cells(args: Namespace) -> dict:
 
 def main() -> None:
     args = common.parse_options(build_parser())
-    device = common.select_device(args.device)
+    device = common.select_device(args)
     if args.predict:
         predict(args, device)
         return

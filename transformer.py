@@ -644,7 +644,7 @@ def main() -> None:
     args = common.parse_options(build_parser())
     if args.d_model % args.heads or args.d_model % 2:
         raise common.UserError("--d-model must be even, and a multiple of --heads")
-    device = common.select_device(args.device)
+    device = common.select_device(args)
     if args.predict:
         predict(args, device)
         return

@@ -98,6 +98,17 @@ def test_means_are_those_over_the_steps():
     assert common.means(steps) == {"loss": 3.0, "high": pytest.approx(2 / 3)}
 
 
+def test_a_precision_that_the_device_lacks_is_found_before_a_run_begins(monkeypatch):
+    monkeypatch.setattr(common, "CPU_HAS_BFLOAT16", False)
+    args = Namespace(device="cpu", precision="auto")
+    assert common.select_device(args) == torch.device("cpu")
+    args.precision = "bfloat16"
+    with pytest.raises(common.UserError) as caught:
+        common.select_device(args)
+    assert str(caught.value) == ("--precision bfloat16: this device, or this version of PyTorch, is "
+                                 "not known to support it; use auto")
+
+
 def test_batches_of_an_epoch_are_full_shuffled_and_dealt_out(monkeypatch):
     batches = common.shuffled_batches(11, 4, 0, 1)
     assert batches.shape == (2, 4) and len(set(batches.flatten().tolist())) == 8
@@ -339,9 +350,9 @@ def test_tables_are_read_by_the_names_of_their_columns(tmp_path, text):
 
 @pytest.mark.parametrize("text, message", [
     ("a,x\nb,y\n", "line 1: 'text' is not in list (the first line must name the columns text and "
-                   "label)"),
-    ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; a text with a "
-                                        "comma in it needs quotation marks around it"),
+                   "label; commas or tabs separate them)"),
+    ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; in a CSV file, a "
+                                        "text with a comma in it needs quotation marks around it"),
     ("text,label\na,x\nb\n", "line 3: 1 cells, but 2 in the first line"),
     ("text,label\na,x\n , y\n", "line 3: an empty cell or a repeated header"),
     ("text,label\na,x\ntext,label\n", "line 3: an empty cell or a repeated header"),
@@ -447,7 +458,7 @@ def test_files_that_are_no_images_are_named_and_skipped(tmp_path):
     assert "d.png" in messages and "3 of 4 files cannot be read" in messages
 
 
-def test_hidden_files_are_left_out_links_followed_and_loops_not(tmp_path):
+def test_hidden_files_are_left_out_and_links_are_followed(tmp_path):
     for name in ("a/1.png", "a/.ipynb_checkpoints/1.png", "__MACOSX/a/._1.png", "a/@eaDir/1.png",
                  "a/Thumbs.db", "a/.DS_Store", "b/2.png"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -455,7 +466,6 @@ def test_hidden_files_are_left_out_links_followed_and_loops_not(tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "3.png").write_bytes(b"")
     (tmp_path / "photos" / "c").symlink_to(str(tmp_path / "more"))
-    (tmp_path / "photos" / "a" / "loop").symlink_to(str(tmp_path / "photos"))
     files = common.image_files(str(tmp_path / "photos"))
     assert sorted(Path(file).name for file in files) == ["1.png", "2.png", "3.png"]
 

@@ -96,6 +96,18 @@ def test_a_bad_value_is_one_line_that_names_the_option(parse, script, action):
         assert len(message.splitlines()) == 1
 
 
+@pytest.mark.parametrize("script, words", [
+    ("cnn", ["--predict", "a.png"]), ("rnn", ["--predict", "a"]), ("gan", ["--sample", "3"]),
+    ("transformer", ["--predict", "a"])])
+def test_resume_may_stand_beside_a_prediction(parse, script, words):
+    began = parse(script, ["--out", "run"])
+    Path("run").mkdir()
+    common.save_checkpoint(Path("run/last.pt"),
+                           {"script": f"{script}.py", "options": vars(began)})
+    given = parse(script, ["--resume", "--out", "run", *words])
+    assert getattr(given, words[0][2:])
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_resumes_with_more_epochs_and_its_own_options(run, script):
     run(f"{script}.py", *TINY[script].split(), "--out", "run")
