@@ -148,7 +148,7 @@ def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
 # ---------------------------------------------------------------- Device and precision
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# With weights_only, torch.load() runs no code from the file; in 1.13 it rejects floats.
+# With weights_only, torch.load() is meant to run no code from the file; in 1.13 it rejects floats.
 SAFE_LOADING = {"weights_only": True} if VERSION >= (2, 0) else {}
 # AdamW in one pass over all parameters; before 2.5 not on every device.
 FUSED = {"fused": True} if VERSION >= (2, 5) else {}
@@ -349,7 +349,7 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: Path, script: str) -> dict:
-    """Load what `script` saved. From PyTorch 2.0 on, no code in the file is run."""
+    """Load what `script` saved; see SAFE_LOADING for the risk of files from strangers."""
     if not path.is_file():
         raise UserError(f"there is no {path}; train first, or name the run's folder with --out")
     try:

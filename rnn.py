@@ -417,7 +417,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
     ddp_model = common.wrap_model(model, args, device)
     # By default float32 on a CPU: matrices this small gain nothing from bfloat16 there.
     autocast = common.autocast(args.precision, device, cpu_gains=False)
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)  # on another machine --out may not exist yet
 
     for epoch in common.epochs_to_train(args, history, score):
         start = time.perf_counter()
