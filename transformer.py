@@ -305,7 +305,7 @@ class Transformer(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)  # Glorot and Bengio, 2010
-        # Replaces the first values of the embedding, so that logits start near size 1.
+        # Replaces the first values of the embedding, so that most logits start near size 1.
         nn.init.normal_(self.embedding.weight, std=d_model**-0.5)
 
     def embed(self, tokens: Tensor, start: int = 0) -> Tensor:
