@@ -271,6 +271,7 @@ import os, signal, sys, time
 sys.path.insert(0, {root!r})
 import common
 from argparse import Namespace
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 def main():
     with common.run_folder(Namespace(out="my run", resume=False, subfolder=".")) as folder:
         (folder / "last.pt").touch()
