@@ -468,7 +468,8 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
     colors = axis.imshow(fraction, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(colors, label="fraction of the true class")
     names = [common.escape_dollars(name) for name in classes]
-    axis.set(xlabel="predicted", ylabel="true", xticks=range(count), yticks=range(count))
+    axis.set(xlabel="predicted", xticks=range(count),
+             ylabel="true", yticks=range(count))
     axis.set_yticklabels(names)
     axis.set_xticklabels(names, rotation=45, ha="right")
     if count <= 20:  # else the numbers would overlap
