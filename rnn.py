@@ -415,7 +415,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
     if args.resume and (folder / "last.pt").is_file():
         history = common.load_last(folder, args, state)
     ddp_model = common.wrap_model(model, args, device)
-    # By default float32 on a CPU: matrices this small gain nothing from bfloat16 there.
+    # By default float32 on a CPU: matrices this small hardly gain from bfloat16 there.
     autocast = common.autocast(args.precision, device, cpu_gains=False)
     folder.mkdir(parents=True, exist_ok=True)  # on another machine --out may not exist yet
 

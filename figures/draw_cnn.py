@@ -158,7 +158,8 @@ def receptive():
         axis.add_patch(Rectangle((first, -2.4 * number - 2.7), last - first + 1, 1.7,
                                  facecolor=draw.BLUE, edgecolor=draw.INK, linewidth=0.7))
         axis.text((first + last + 1) / 2, -2.4 * number - 1.85,
-                  f"value {number + 1}: {inside} pixels of the image", fontsize=10, ha="center", va="center")
+                  f"value {number + 1}: {inside} pixels of the image", fontsize=10, ha="center",
+                  va="center")
     title(axis, 16, 1.4, "one row of the image: 32 pixels (white), and padding (gray)")
     draw.save(figure, "cnn_receptive")
 
@@ -211,6 +212,7 @@ def residual():
     axis.text(6.4, 0.08, "$F(x)$", fontsize=10, ha="center", va="bottom")
     axis.text(3.6, 0.9, "skip connection: $x$ unchanged", fontsize=10, ha="center", va="bottom")
     axis.text(9.3, 0, "$y$", fontsize=12, ha="center", va="center")
+    axis.set(xlim=(0, 9.5), ylim=(-0.5, 1.2))  # arrows beyond the limits are not drawn
     draw.save(figure, "cnn_residual")
 
 

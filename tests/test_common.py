@@ -105,8 +105,8 @@ def test_a_precision_that_the_device_lacks_is_found_before_a_run_begins(monkeypa
     args.precision = "bfloat16"
     with pytest.raises(common.UserError) as caught:
         common.select_device(args)
-    assert str(caught.value) == ("--precision bfloat16: this device, or this version of PyTorch, is "
-                                 "not known to support it; use auto")
+    assert str(caught.value) == ("--precision bfloat16: this device, or this version of PyTorch, "
+                                 "is not known to support it; use auto")
 
 
 def test_batches_of_an_epoch_are_full_shuffled_and_dealt_out(monkeypatch):
@@ -352,8 +352,8 @@ def test_tables_are_read_by_the_names_of_their_columns(tmp_path, text):
 @pytest.mark.parametrize("text, message", [
     ("a,x\nb,y\n", "line 1: 'text' is not in list (the first line must name the columns text and "
                    "label; commas or tabs separate them)"),
-    ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; in a CSV file, a "
-                                        "text with a comma in it needs quotation marks around it"),
+    ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; in a CSV file, "
+                                        "a text with a comma in it needs quotation marks around it"),
     ("text,label\na,x\nb\n", "line 3: 1 cells, but 2 in the first line"),
     ("text,label\na,x\n , y\n", "line 3: an empty cell or a repeated header"),
     ("text,label\na,x\ntext,label\n", "line 3: an empty cell or a repeated header"),
