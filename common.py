@@ -339,9 +339,13 @@ def run_folder(args: Namespace) -> Iterator[Path]:
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     """Write a checkpoint in one step: after a crash the file is the old or the new one, whole."""
+    # Into memory first: torch.save() fails with errors of its own, or even crashes, if writing to a
+    # file is interrupted or the disk is full.
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
-        torch.save(checkpoint, file)
+        file.write(buffer.getbuffer())
         # All of it must be on the disk before it takes the place of the old file.
         file.flush()
         os.fsync(file.fileno())

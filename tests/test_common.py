@@ -1,5 +1,6 @@
 """common.py: schedule, early stopping, clipping, checkpoints, run folders, tables and images."""
 
+import contextlib
 import io
 import json
 import math
@@ -141,16 +142,26 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert os.listdir(str(tmp_path)) == ["last.pt"]
 
 
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("failing", [1, 2, 3])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, error, failing):
     path = tmp_path / "last.pt"
     common.save_checkpoint(path, {"script": "x.py", "epoch": 1})
 
-    def fail(*_):
-        raise OSError("No space left on device")
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError):
-        common.save_checkpoint(path, {"script": "x.py", "epoch": 2})
-    assert common.load_checkpoint(path, "x.py")["epoch"] == 1
+    class FailingFile(io.FileIO):  # one write ends half-way: Ctrl-C, or the disk is full
+        writes = 0
+
+        def write(self, data):
+            FailingFile.writes += 1
+            if FailingFile.writes == failing:
+                super().write(bytes(data)[:len(data) // 2])
+                raise error
+            return super().write(data)
+    monkeypatch.setattr(common, "open", FailingFile, raising=False)
+    with contextlib.suppress(error):  # not the RuntimeError that torch.save() makes of it
+        common.save_checkpoint(path, {"script": "x.py", "epoch": 2, "weights": torch.rand(500)})
+    failed = FailingFile.writes >= failing
+    assert common.load_checkpoint(path, "x.py")["epoch"] == (1 if failed else 2)
 
 
 class Payload:
