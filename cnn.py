@@ -431,7 +431,7 @@ def calibration_error(logits: Tensor, labels: Tensor, bins: int = 15) -> float:
 
 def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
-    """Measure the best model on the test set; draw the plots; write summary.json."""
+    """Measure the best model on the test set; write summary.json; draw the plots."""
     model, checkpoint = load_model(folder / "best.pt", device)
     # Until here, no choice has depended on the test set.
     logits = predict_logits(model, data.test.images, checkpoint["flip"], device)

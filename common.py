@@ -45,9 +45,10 @@ def run_main(main: Callable) -> None:
     """Run `main()`. An error that the user can fix is printed as one line, with exit status 2."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    # PyTorch's own warnings are of no use to a user.
+    # Of no use to a user: PyTorch's own warnings; those of an argument renamed in 2.13 and of an
+    # operator in 1.10 to 1.12; and Matplotlib's of characters that its font lacks.
     warnings.filterwarnings("ignore", module=r"torch\b")
-    warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # renamed in 2.13
+    warnings.filterwarnings("ignore", message=".*(broadcast_buffers|__floordiv__|missing from)")
     try:
         start_processes()
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")

@@ -64,7 +64,8 @@ def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> li
             bounds = 10**(length - 1), 10**length
             first = rng.randrange(*bounds)
             second = rng.randrange(*bounds)
-            source = f"{first}+{second}"[::-1]  # digits reversed; the numbers may swap places
+            # The text as a whole is reversed, so the numbers swap places too: the sum is the same.
+            source = f"{first}+{second}"[::-1]
         else:
             source = "".join(rng.choices(string.ascii_lowercase, k=length))
         sources.add(source)
@@ -81,6 +82,7 @@ class Vocabulary:
 
     def __init__(self, tokens: list):
         self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]  # as numbered above
+        # Without the special tokens: a text cannot contain them.
         self.ids = {token: i for i, token in enumerate(tokens, UNK + 1)}
 
     def encode(self, rows: list, device: torch.device) -> Tensor:
@@ -93,7 +95,7 @@ class Vocabulary:
 
     def decode(self, ids: list) -> tuple:
         """Return the tokens before the first <eos>, or all if there is none."""
-        end = [*ids, EOS].index(EOS)
+        end = [*ids, EOS].index(EOS)  # the EOS appended here is found if there is no other
         return tuple(self.tokens[i] for i in ids[:end])
 
 
@@ -111,7 +113,7 @@ class Dataset(NamedTuple):
 def load_data(args: Namespace) -> Dataset:
     """Make or read the pairs of --data; a tenth of the sources is for validation, another for test.
 
-    Raises UserError if there are fewer than 10 sources, or if a pair is too long.
+    Raises UserError if there are fewer than 10 different sources, or if a pair is too long.
     """
     if args.data == "synthetic":
         name = args.task
@@ -128,7 +130,7 @@ def load_data(args: Namespace) -> Dataset:
     lengths = [max(map(len, pair)) for pair in pairs]
     longest = max(lengths)
     if longest > args.max_length:
-        example = table[lengths.index(longest)][0][:50]
+        example = table[lengths.index(longest)][0][:50]  # the beginning of that pair's source
         raise common.UserError(f"--data {args.data}: the source or target of '{example}' has "
                                f"{longest} tokens; shorten it, or raise --max-length")
     # Equal sources are in the same tenth. There are no classes to spread, so all are one group.
@@ -150,8 +152,9 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    # Batches of nearly equal size, of at most max(batch_size, 2 * WORLD) pairs. If there are
-    # several, each has at least half as many, so every process gets at least one pair of each.
+    # As few batches as possible, of nearly equal size, and of at most batch_size pairs. The lower
+    # bound of 2 * WORLD leaves no process without a pair: if two or more batches are needed, each
+    # has at least half of the largest size, which is WORLD or more.
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
@@ -189,9 +192,11 @@ class MultiHeadAttention(nn.Module):
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
 
     def keys_and_values(self, memory: Tensor | None, cache: dict | None) -> tuple:
-        """Return keys and values (N, heads, S, d_k): those in the cache, if any, then memory's.
+        """Return keys and values (N, heads, S, d_k): those in the cache, if any, then those of
+        memory, which also join the cache.
 
-        memory is None if the cache has all of them: in cross-attention, after the first token.
+        In self-attention, memory holds the new positions at each call. In cross-attention, it is
+        the encoder's output at the first call, and then None: the cache has all keys and values.
         """
         if memory is None:
             return cache[self]
@@ -284,9 +289,9 @@ def sinusoidal_positions(length: int, d_model: int) -> Tensor:
 class Transformer(nn.Module):
     """Encoder and decoder, with one table of embeddings for source, target and output.
 
-    source: int64 (N, S); target_input: int64 (N, T), which begins with <bos>; both of at most
-    max_length tokens -> logits: float (N, T, vocabulary); those at t are for the token that follows
-    target_input[:, t].
+    source: int64 (N, S); target_input: int64 (N, T), which begins with <bos>. Each has at most
+    max_length tokens. -> logits: float (N, T, vocabulary); logits[:, t] predict the token that
+    follows target_input[:, t].
     """
 
     def __init__(self, vocabulary_size: int, max_length: int = 100, d_model: int = 64,
@@ -331,7 +336,7 @@ class Transformer(nn.Module):
         # Position t attends to positions 0 to t, and predicts the token at t + 1. <pad> needs no
         # mask here: it comes after all tokens whose predictions count.
         places = torch.arange(start + target_input.shape[1], device=x.device)
-        causal_mask = places <= places[start:, None]  # (T, start + T)
+        causal_mask = places <= places[start:, None]  # key <= query: (T, start + T)
         for layer in self.decoder:
             x = layer(x, memory, causal_mask, source_mask, cache)
         return F.linear(self.decoder_norm(x), self.embedding.weight)
@@ -355,11 +360,11 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     scores = torch.zeros(len(source), beam, device=source.device)  # log-probabilities
     scores[:, 1:] = -math.inf  # at first the hypotheses of a source are equal: only one counts
     cache = {}
-    for position in range(len(model.positions)):
+    for position in range(len(model.positions)):  # max_length
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
         log_probabilities = F.log_softmax(logits[:, 0], dim=1)  # (N * beam, vocabulary)
-        # A hypothesis that has ended continues with <pad>, at no cost; no other one does. <bos> and
-        # <unk> are never written.
+        # A hypothesis that has ended can only continue with <pad>, at no cost; one that has not
+        # never continues with <pad>. <bos> and <unk> are never written.
         ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
         log_probabilities[:, [PAD, BOS, UNK]] = -math.inf
         log_probabilities[ended] = -math.inf
@@ -376,6 +381,7 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         if (tokens[::beam, -1] <= EOS).all():
             break
         memory = None  # its keys and values are in the cache
+        # In cross-attention this changes nothing: the rows of a source are equal, as in the mask.
         if beam > 1:  # else each row continues itself
             for module, (key, value) in cache.items():
                 cache[module] = key[rows], value[rows]
@@ -413,7 +419,7 @@ def score(row: dict) -> tuple:
 def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a Transformer; keep its last and its best epoch in `folder`. Returns the history."""
     torch.manual_seed(args.seed)
-    options = {
+    options = {  # of the model; in last.pt, "options" are those of the command line
         "vocabulary_size": len(data.vocabulary.tokens),
         # Not --max-length: room for <eos>, and for texts to predict of up to twice the longest.
         "max_length": 2 * data.longest + 1,
@@ -423,7 +429,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         "d_ff": args.d_ff,
         "dropout": args.dropout}
     model = Transformer(**options).to(device)
-    # The learning rate changes at each step, so the scheduler needs the steps of an epoch.
+    # The learning rate changes at each step, so the scheduler needs the steps of an epoch: the
+    # same number with each seed.
     steps = len(similar_length_batches(data.train, args.batch_size, args.seed))
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                   betas=(0.9, 0.98), **common.FUSED)
@@ -431,8 +438,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = common.load_last(folder, args, state) if args.resume else []
     ddp_model = common.wrap_model(model, args, device)
-    # By default float32 on a CPU: bfloat16 is slower there at the default size. From a --d-model of
-    # 128 on it is faster, if asked for by --precision.
+    # On a CPU, float32 unless --precision says otherwise: bfloat16 is slower there at the default
+    # size, and faster only with a --d-model of 128 or more.
     autocast = common.autocast(args.precision, device, cpu_gains=False)
 
     for epoch in common.epochs_to_train(args, history, score):
@@ -468,7 +475,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                **{f"validation_{name}": value for name, value in validation.items()},
                "seconds": time.perf_counter() - start}
         history.append(row)
-        print("epoch {epoch:2}/{epochs}  loss: training {train_loss:.3f}, validation "
+        print("epoch {epoch:2}/{epochs}  loss: training (smoothed) {train_loss:.3f}, validation "
               "{validation_loss:.3f}; exact match {validation_exact_match:.1%}  "
               "{seconds:.1f} s".format(epochs=args.epochs, **row), flush=True)
         best = None  # the best epoch is chosen by the validation set only
@@ -496,7 +503,10 @@ def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
 
 
 def edit_distance(a: tuple, b: tuple) -> int:
-    """Return the least number of insertions, deletions and substitutions. Levenshtein, 1966."""
+    """Return the least number of insertions, deletions and substitutions. Levenshtein, 1966.
+
+    It takes len(a) * len(b) steps.
+    """
     row = list(range(len(b) + 1))  # from nothing to each prefix of b
     for i, x in enumerate(a):
         above = row
@@ -542,7 +552,7 @@ def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: tor
 
 def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
              history: list) -> None:
-    """Measure the best model on the test set; draw the plots; write summary.json."""
+    """Measure the best model on the test set; write summary.json; draw the plots."""
     model, vocabulary, checkpoint = load_model(folder / "best.pt", device)
     # The test set is used only here.
     test = measure(model, vocabulary, data.test, device, args.beam)
@@ -573,6 +583,7 @@ def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair:
         model(source, shift_right(target))
     weights = model.decoder[-1].cross_attention.attention_weights.cpu()  # (heads, T, S)
     read = [common.escape_dollars(vocabulary.tokens[i]) for i in source[0]]
+    # Row t shows the attention when target[t] is predicted.
     written = [common.escape_dollars(vocabulary.tokens[i]) for i in target[0]]
     columns = 1 if len(weights) % 2 else 2  # so that no panel stays empty
     rows = len(weights) // columns
