@@ -35,7 +35,7 @@ class ImageSet(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """The three sets, and the names of the classes."""
+    """The three sets, and the names of the classes; not PyTorch's class of that name."""
 
     name: str  # cifar10, synthetic or the folder
     classes: list
@@ -45,7 +45,8 @@ class Dataset(NamedTuple):
 
 
 # Each shape is a star: the number of its tips, and the distance of its notches from the center,
-# where the tips are at distance 1. With notches at cos(pi / tips) it is a regular polygon.
+# where the tips are at distance 1. With notches at cos(pi / tips) it is a regular polygon, such as
+# the square; with notches at 1, the disc, twice as many corners are at the same distance.
 SHAPES = {
     "triangle": (3, 0.5),
     "square": (4, 0.71),
@@ -88,7 +89,7 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
 
 # Folder names, in lower case, of a data set that is already split; similar names are an error.
 SET_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-LOOKS_LIKE_A_SET = r"(train|test|val|valid\w*|dev|eval|holdout)(ing)?[-_ ]*(set|data|images|split)?"
+LOOKS_LIKE_A_SET = r"(train|test|val|dev|eval|holdout)(id|idation|ing)?[-_ ]*(set|data|images)?\d*"
 
 
 def subfolders(folder: Path) -> dict:
@@ -102,24 +103,28 @@ def subfolders(folder: Path) -> dict:
 
 
 def find_sets(root: Path) -> dict:
-    """{"train": folder, "val": folder, "test": folder}, or {"train": root} if it is not split."""
+    """{"train": folder, "val": folder, "test": folder}, or {"train": root} if it is not split.
+
+    Split: there is a folder train, which holds folders, perhaps val and test, and no other folder.
+    Not split: all folders are classes; one of them may be called train, as in vehicles/train.
+    Anything else is an error.
+    """
     folders = subfolders(root)
     sets = {}
     for name, path in folders.items():
-        key = SET_NAMES.get(name.lower())
+        key = SET_NAMES.get(name.lower())  # None, which is never in `sets`, if there is none
         if key in sets:
             raise common.UserError(f"--data {root}: {name} is a second folder for the {key} set")
         if key:
             sets[key] = path
         elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
-            raise common.UserError(f"--data {root}: rename {name} to train, val or test")
-    # No set at all, or train beside other folders that are none: all folders are classes, as in
-    # vehicles/bus, vehicles/train.
-    if not sets or (list(sets) == ["train"] and len(folders) > 1):
+            raise common.UserError(f"--data {root}: rename {name} to train, val or test; or, if it "
+                                   "is a class, move all class folders into a folder train")
+    if not sets or (list(sets) == ["train"] and not subfolders(sets["train"])):
         return {"train": root}
     if "train" not in sets or len(sets) < len(folders):
-        raise common.UserError(f"--data {root}: found {', '.join(folders)}; beside val or test "
-                               "there must be train, and nothing else; put class folders into it")
+        raise common.UserError(f"--data {root}: found {', '.join(folders)}; expected train, with "
+                               "or without val and test, and nothing else; put classes into them")
     return sets
 
 
@@ -137,13 +142,13 @@ def load_image_folder(args: Namespace) -> tuple:
     classes = list(subfolders(folders["train"]))
     if len(classes) < 2:
         raise common.UserError(f"--data {root}: {folders['train']} has {len(classes)} class "
-                               "folders; at least two are needed")
+                               "folder(s); at least two are needed")
     sets = {}
     for name, folder in folders.items():
         difference = set(classes) ^ set(subfolders(folder))
         if difference:
-            raise common.UserError(f"--data {root}: {folder} and {folders['train']} do not have "
-                                   f"the same classes: {', '.join(sorted(difference))}")
+            raise common.UserError(f"--data {root}: {folder} and {folders['train']} must have the "
+                                   f"same class folders; one lacks {', '.join(sorted(difference))}")
         files = []  # (path, label)
         for label, path in enumerate(subfolders(folder).values()):
             files += [(file, label) for file in common.image_files(str(path))]
@@ -160,6 +165,7 @@ def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names. Replace `auto` with `cifar10` or, if it cannot be loaded, with
     `synthetic`, so that a resumed run has the same data.
     """
+    # Each branch sets `sets` and `classes`; `auto` ends in the first, or else in the last one.
     if args.data in ("auto", "cifar10"):
         if args.size != 32:
             raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
@@ -179,7 +185,8 @@ def load_data(args: Namespace) -> Dataset:
                 "test": synthetic_shapes(args.synthetic_size // 5, args.size, args.seed + 10**9)}
     # Of a folder, no more than --limit images have been read anyway.
     sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
-    # Takes "val", and "test" if missing, from "train"; leaves no image in two sets.
+    # Takes "val" and "test", where missing, from "train". Of an image in two sets, the copy in the
+    # test set stays, or else that in the validation set.
     common.make_disjoint_sets(sets, args.seed)
     return Dataset(args.data, classes, *(ImageSet(*sets[key]) for key in ("train", "val", "test")))
 
@@ -198,7 +205,7 @@ def describe_classes(data: Dataset) -> None:
             raise common.UserError(f"--data {data.name}: no training image of the class {name} is "
                                    "left after removing copies; add others, or raise --limit")
         if (images == images[0]).all() or (images == images[:, :1, :1]).all():
-            common.warn(f"the training images of {name} are one image, copies, or of one color")
+            common.warn(f"the training images of {name} are all the same, or each of one color")
     print(", ".join(counts))
 
 
@@ -322,7 +329,7 @@ def score(row: dict) -> tuple:
 def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
     torch.manual_seed(args.seed)
-    # Every tenth image is enough for mean and std.
+    # Every tenth image is enough for mean and std, unless there are very few.
     pixels = data.train.images[::10].reshape(-1, 3).float() / 255  # (number of pixels, 3)
     options = {  # the arguments of CNN(), kept in best.pt for load_model()
         "classes": len(data.classes), "size": args.size, "widths": args.widths,
@@ -330,7 +337,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         "batch_norm": not args.no_batch_norm}
     flip = not args.no_flip
     model = CNN(**options, mean=pixels.mean(0), std=pixels.std(0).clamp(min=1e-3)).to(device)
-    # The training set is kept on the device, so a batch is one indexing operation.
+    # The training set is kept on the device, so a batch is one indexing operation. If it does not
+    # fit into a GPU's memory, lower --size or --limit.
     images = data.train.images.to(device)
     labels = data.train.labels.to(device)
     steps = len(common.shuffled_batches(len(labels), args.batch_size))  # the same in any epoch
@@ -339,7 +347,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     scheduler = common.make_scheduler(optimizer, args, steps)
     state = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
     history = common.load_last(folder, args, state) if args.resume else []  # restores state, too
-    # With the parameters of `model`; compiled or, for several processes, wrapped.
+    # The training step calls `model`, or a wrapper that compiles it or averages gradients over
+    # processes. They share their parameters.
     ddp_model = common.wrap_model(model, args, device)
     autocast = common.autocast(args.precision, device)
 
@@ -373,6 +382,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
         history.append(row)
+        # One string on two lines, whose fields are columns of the history.
         print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}, {train_accuracy:.1%}  "
               "validation {validation_loss:.3f}, {validation_accuracy:.1%}  {seconds:.1f} s".format(
                   epochs=args.epochs, **row), flush=True)
@@ -493,7 +503,7 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
         order = confidence[mask].argsort(descending=True)
         chosen = torch.where(mask)[0][order]  # indices of images, most confident first
         surest, others = chosen[:columns], chosen[columns:]
-        sample = others[::max(1, len(others) // columns)]
+        sample = others[::max(1, len(others) // columns)]  # zip() below stops after eight of them
         for axis, i in zip(rows.flat, [*surest, *sample]):
             axis.imshow(data.test.images[i])
             text = f"{data.classes[predicted[i]]} {confidence[i]:.0%}"
@@ -534,7 +544,7 @@ def build_parser() -> common.ArgumentParser:
     add("--size", type=common.number(int, 8, 1024), default=32,
         help="images are SIZE x SIZE pixels; a multiple of 8")
     add("--limit", type=count,
-        help="use only LIMIT training images, out of which missing sets are taken")
+        help="use only LIMIT training images, from which missing sets are taken")
     add("--synthetic-size", type=common.number(int, 100), default=12000,
         help="synthetic training images")
     add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of the blocks")
@@ -559,7 +569,8 @@ def main() -> None:
         predict(args, device)
         return
     data = load_data(args)
-    # It is saved with the options. When the run is resumed, load_last() refuses other data.
+    # It is saved with the options. When the run is resumed, load_last() refuses another training
+    # set. The second argument is the value to start from: one checksum of images and labels.
     args.checksum = zlib.crc32(data.train.images.numpy(), zlib.crc32(data.train.labels.numpy()))
     common.describe_sets(data.name, device, data.train.labels, data.validation.labels,
                          data.test.labels)

@@ -252,7 +252,7 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     add("--clip", type=positive, help="maximum norm of the gradient; inf for no clipping")
     add("--patience", type=count, help="epochs without improvement before early stopping")
     add("--seed", type=number(int, 0), default=0, help="random seed")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1 or mps")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
         help="precision of the forward pass")
     if hasattr(torch, "compile"):

@@ -162,33 +162,32 @@ def test_sets_are_named_in_any_case(photos):
 
 
 def test_missing_sets_are_tenths_without_hidden_folders_and_copies(photos):
-    for name in ("bus", "train", ".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+    for name in ("valid_ticket", "train", ".ipynb_checkpoints", "__MACOSX", "@eaDir"):
         photos(name, 50)
-    for path in Path("photos", "bus").glob("*.png"):
+    for path in Path("photos", "valid_ticket").glob("*.png"):
         shutil.copy(str(path), str(path.with_name("copy of " + path.name)))
     data, sizes = load()
-    assert data.classes == ["bus", "train"] and sizes == [120, 15, 15]
+    assert data.classes == ["train", "valid_ticket"] and sizes == [120, 15, 15]
     contents = [{image.numpy().tobytes() for image in images} for images, _ in data[2:]]
     assert len(set().union(*contents)) == sum(map(len, contents)) == 100
     assert sum(load("--limit", "30")[1]) == 30
 
 
+ELSE = "to train, val or test; or, if it is a class, move all class folders into a folder train"
+EXPECTED = "expected train, with or without val and test, and nothing else; put classes into them"
+
+
 @pytest.mark.parametrize("folders, message", [
-    (["training_set/a", "b"], "rename training_set to train, val or test"),
-    (["train/a", "train/b", "Testing/a"], "rename Testing to train, val or test"),
-    (["a"], "photos has 1 class folders; at least two are needed"),
-    (["train/a", "train/b", "test/a", "test/b", "c"],
-     "found c, test, train; beside val or test there must be train, and nothing else; put class "
-     "folders into it"),
-    (["train/a", "train/b", "dev/a"], "rename dev to train, val or test"),
-    (["a", "b", "test/a"],
-     "found a, b, test; beside val or test there must be train, and nothing else; put class "
-     "folders into it"),
-    (["val/a", "val/b", "test/a", "test/b"],
-     "found test, val; beside val or test there must be train, and nothing else; put class "
-     "folders into it"),
+    (["training_set/a", "b"], f"rename training_set {ELSE}"),
+    (["train/a", "train/b", "Testing/a"], f"rename Testing {ELSE}"),
+    (["a"], "photos has 1 class folder(s); at least two are needed"),
+    (["train/a", "train/b", "test/a", "test/b", "c"], f"found c, test, train; {EXPECTED}"),
+    (["train/a", "train/b", "dev/a"], f"rename dev {ELSE}"),
+    (["a", "b", "test/a"], f"found a, b, test; {EXPECTED}"),
+    (["train/a", "train/b", "unlabeled"], f"found train, unlabeled; {EXPECTED}"),
+    (["val/a", "val/b", "test/a", "test/b"], f"found test, val; {EXPECTED}"),
     (["train/a", "train/b", "test/a", "test/c"],
-     "photos/test and photos/train do not have the same classes: b, c"),
+     "photos/test and photos/train must have the same class folders; one lacks b, c"),
 ])
 def test_folders_of_another_structure_are_refused(photos, folders, message):
     for name in folders:
@@ -209,7 +208,7 @@ def test_a_class_that_shows_nothing_is_a_warning_and_an_empty_one_an_error(photo
     for i in range(30):
         save(Path("photos", "train", "dark", f"{i}.png"), np.full((8, 8, 3), i))
     data, _ = load()
-    with pytest.warns(UserWarning, match="images of dark are one image, copies, or of one color"):
+    with pytest.warns(UserWarning, match="images of dark are all the same, or each of one color"):
         cnn.describe_classes(data)
 
 
