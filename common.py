@@ -272,8 +272,9 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    # rnn.py has several, all with the same options. If there is none, the error names the default.
-    path = min(Path(args.out).glob(f"{args.subfolder}/last.pt"),
+    # rnn.py has several; the newest has the options of the latest command. If there is none, the
+    # error names the default.
+    path = max(Path(args.out).glob(f"{args.subfolder}/last.pt"), key=os.path.getmtime,
                default=Path(args.out, "last.pt"))
     saved = load_checkpoint(path, args.script)["options"]
     # Parse again: what is given on the command line overrides what was saved.
@@ -381,7 +382,7 @@ def load_last(folder: Path, args: Namespace, state: dict) -> list:
         raise UserError(f"--data {args.data}: the run in {args.out} was started with other data")
     for name, part in state.items():
         part.load_state_dict(checkpoint[name])
-    print(f"resumed after epoch {len(checkpoint['history'])}")
+    print(f"{folder.name}: resumed after epoch {len(checkpoint['history'])}")
     return checkpoint["history"]
 
 

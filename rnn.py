@@ -42,7 +42,8 @@ class SequenceSet(NamedTuple):
 
     inputs: Tensor  # int64 (N, longest): tokens, and PAD after the end of a sequence
     lengths: Tensor  # int64 (N,), always on the CPU
-    # int64 (N, 1): classes; or (N, longest + 1): as many tokens as in the input, then END and PAD.
+    # To classify: int64 (N, 1), classes. To generate: int64 (N, longest + 1), as many tokens as in
+    # the input, then END and PAD.
     targets: Tensor
 
 
@@ -69,7 +70,8 @@ def temporal_order(count: int, seed: int) -> list:
         symbols = rng.choice(list("abcd"), length)
         order = rng.choice(list("XY"), 3)
         places = length * rng.uniform((0.1, 0.33, 0.66), (0.2, 0.43, 0.76))
-        symbols[places.astype(int)] = order  # the last place is 24 to 34 % before the end
+        # The last place is 24 to 34 % before the end: to be remembered for 19 steps or more.
+        symbols[places.astype(int)] = order
         rows.append(("".join(symbols), "".join(order)))
     return rows
 
@@ -85,10 +87,11 @@ def sorting(count: int, seed: int) -> list:
 
 
 def tokenize(texts: list, tokens: str) -> list:
-    """Split each text into a tuple of characters, or of lower-case words and punctuation marks.
+    """Split each text into a tuple of characters (tokens "chars"), or of lower-case words and
+    punctuation marks ("words").
 
     Texts of more than LONGEST tokens are cut, with a warning. Characters are the better choice for
-    scripts that write no spaces between words, or vowels as separate signs.
+    scripts that write no spaces between words, or vowels and accents as separate signs.
     """
     sequences = texts
     if tokens == "words":
@@ -114,11 +117,12 @@ def build_vocabulary(sequences: list, tokens: str) -> list:
 
 def encode(sequences: list, vocabulary: list) -> list:
     """Return the indices of the tokens, int64 (length,), for each sequence."""
-    number = {token: i for i, token in enumerate(vocabulary)}
+    index = {token: i for i, token in enumerate(vocabulary)}
     encoded = []
     for sequence in sequences:
-        numbers = [number.get(token, UNKNOWN) for token in sequence]
-        encoded.append(torch.tensor(numbers or [UNKNOWN]))  # the model needs a last step
+        numbers = [index.get(token, UNKNOWN) for token in sequence]
+        # An empty text becomes one <unk>: the model needs a last step.
+        encoded.append(torch.tensor(numbers or [UNKNOWN]))
     return encoded
 
 
@@ -160,7 +164,7 @@ def load_data(args: Namespace, task: str) -> Dataset:
     else:
         answers = vocabulary
         targets = encode([[*label, SPECIAL[END]] for label in labels], vocabulary)
-        targets = pad_sequence(targets, batch_first=True)
+        targets = pad_sequence(targets, batch_first=True)  # pads with 0, which is PAD
     encoded = encode(sequences, vocabulary)
     lengths = torch.tensor([len(numbers) for numbers in encoded])
     inputs = pad_sequence(encoded, batch_first=True)
@@ -187,7 +191,7 @@ def epoch_batches(data: Dataset, args: Namespace, epoch: int) -> list:
     batches = []
     for i, group in enumerate(groups(data.task, data.train.lengths)):
         places = common.shuffled_batches(len(group), args.batch_size, args.seed, epoch, i)
-        batches.extend(group[places])  # (steps, batch_size): each row is a batch
+        batches.extend(group[places])  # places in the group: (steps, batch_size), each row a batch
     order = np.random.default_rng((args.seed, epoch)).permutation(len(batches))
     return [batches[i] for i in order]
 
@@ -224,7 +228,7 @@ class Recurrent:
         if state is None:
             zeros = inputs.new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
             state = (zeros, zeros) if is_lstm else zeros
-        parts = state if is_lstm else (state,)
+        parts = state if is_lstm else (state,)  # from here on (hidden, cell) or (hidden,)
         x = inputs
         last = []
         self.trace = []  # for plots: trace[layer][step] is (state, gate) after the step
@@ -233,13 +237,13 @@ class Recurrent:
                 x = F.dropout(x, self.dropout, self.training)
             # The input products do not depend on the state, so one matrix product serves all steps.
             products = F.linear(x, weight_ih, bias_ih)  # (T, N, gates * H)
-            layer_state = [part[layer] for part in parts]  # (N, H) each
+            layer_state = [part[layer] for part in parts]  # [hidden, cell] or [hidden]: (N, H) each
             steps = []  # the state and the gate after each step
-            for from_input in products:
+            for from_input in products:  # of one step: (N, gates * H)
                 from_state = F.linear(layer_state[0], weight_hh, bias_hh)  # (N, gates * H)
                 layer_state, gate = self.step(from_input, from_state, layer_state)
                 steps.append((layer_state, gate))
-            x = torch.stack([after[0] for after, _ in steps])  # (T, N, H)
+            x = torch.stack([after[0] for after, _ in steps])  # the hidden states: (T, N, H)
             last.append(layer_state)
             self.trace.append(steps)
         final = tuple(torch.stack(part) for part in zip(*last))  # (layers, N, H) each
@@ -294,13 +298,14 @@ def make_layers(hidden: int, dropout: float, cell: str = "lstm", backend: str = 
     """
     # Dropout acts between layers; a single layer has none.
     module = BACKENDS[backend][cell](hidden, hidden, layers, dropout=dropout if layers > 1 else 0.0)
-    for name, bias in module.named_parameters():
+    for name, parameter in module.named_parameters():
         if name.startswith("bias_hh") and cell != "rnn":
             # A gate of sigmoid(log(t)) = 1 - 1 / (t + 1) keeps for about t steps.
             log_steps = torch.empty(hidden).uniform_(1, chrono_max).log()
-            bias.data[hidden:2 * hidden] = log_steps  # the LSTM's forget, the GRU's update gate
+            # The bias of the LSTM's forget gate, or of the GRU's update gate.
+            parameter.data[hidden:2 * hidden] = log_steps
             if cell == "lstm":
-                bias.data[:hidden] = -log_steps  # the input gate: 1 minus the forget gate
+                parameter.data[:hidden] = -log_steps  # the input gate: 1 minus the forget gate
     return module
 
 
@@ -344,8 +349,8 @@ class Seq2Seq(nn.Module):
     def __init__(self, vocabulary_size: int, answers: int, hidden: int = 64, dropout: float = 0.0,
                  **recurrent: Any):
         super().__init__()
-        # With PyTorch's initial vectors, of standard deviation 1: no digit is rare, and small ones
-        # sort worse.
+        # PyTorch's initial vectors, of standard deviation 1, are kept: no digit is rare, and with
+        # small vectors the model learns to sort less well.
         self.embedding = nn.Embedding(vocabulary_size, hidden)
         self.encoder = make_layers(hidden, dropout, **recurrent)
         self.decoder = make_layers(hidden, dropout, **recurrent)
@@ -362,8 +367,8 @@ class Seq2Seq(nn.Module):
                 teacher_forcing: float) -> Tensor:
         x = self.dropout(self.embedding(inputs.t()))  # (S, N, hidden)
         _, state = self.encoder(x)
-        # The decoder's inputs if each is the true token: a row of END, all targets but the last.
-        fed = F.pad(targets.t(), (0, 0, 1, 0), value=END)[:-1]  # (T, N)
+        # The decoder's inputs if each is the true token: END, then all targets but the last.
+        fed = F.pad(targets, (1, 0), value=END).t()[:-1]  # (T, N)
         if teacher_forcing == 1:
             # All inputs of the decoder are known beforehand: all steps in one call.
             logits, _ = self.decode(fed, state)  # (T, N, answers)
@@ -415,8 +420,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
     if args.resume and (folder / "last.pt").is_file():
         history = common.load_last(folder, args, state)
     ddp_model = common.wrap_model(model, args, device)
-    # By default float32 on a CPU: matrices this small hardly gain from bfloat16 there.
-    autocast = common.autocast(args.precision, device, cpu_gains=False)
+    autocast = common.autocast(args.precision, device)
     folder.mkdir(parents=True, exist_ok=True)  # on another machine --out may not exist yet
 
     for epoch in common.epochs_to_train(args, history, score):
@@ -446,6 +450,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
               "{validation_accuracy:.2%}  {seconds:.1f} s".format(label=label, **row), flush=True)
         best = None
         if common.epochs_since_best(history, score) == 0:
+            # "options" are here the arguments of the model; in last.pt, those of the command line.
             best = {"model": model.state_dict(), "options": options, "task": data.task,
                     "vocabulary": data.vocabulary, "answers": data.answers, "tokens": args.tokens}
         common.save_epoch(folder, args, history, state, best)
@@ -525,17 +530,20 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
     return results
 
 
-def plot_cells(path: Path, title: str, curves: dict, **labels: Any) -> None:
-    """Plot {name: values at 1, 2, ...}, a curve each. The first word of a name is the cell."""
+def plot_cells(path: Path, title: str, curves: dict, **settings: Any) -> None:
+    """Plot {name: values at 1, 2, ...}, a curve each, and call axis.set(**settings).
+
+    The first word of a name is the cell. Curves with "untrained" in their names are pale.
+    """
     figure, ((axis,),) = common.new_figure(1, 1, (10, 4), title)
-    # A line style for each cell: one curve on top of another hides nothing.
+    # A line style for each cell: dashed or dotted, a curve hides none that was drawn before it.
     for name, values in curves.items():
         style = STYLES[name.split()[0]]
         alpha = 0.4 if "untrained" in name else 1
         axis.plot(range(1, len(values) + 1), values, style, alpha=alpha, label=name)
-    axis.set(**labels)
-    # Words are written upward, characters (at most two: a dollar sign is escaped) are not.
-    if any(len(label) > 2 for label in labels.get("xticklabels", [])):
+    axis.set(**settings)
+    # Labels are turned if one is longer than a character (two: "$" is escaped), as words are.
+    if any(len(label) > 2 for label in settings.get("xticklabels", [])):
         axis.tick_params(axis="x", rotation=90)
     axis.grid(alpha=0.3)
     axis.legend()
@@ -545,33 +553,34 @@ def plot_cells(path: Path, title: str, curves: dict, **labels: Any) -> None:
 def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str) -> None:
     """Plot how far back gradients reach, and how open the forget or update gate is at a token."""
     lengths = data.test.lengths
-    # Only the longest texts, which need no padding: often few, and a hundred at most.
-    indices = torch.where(lengths == lengths.max())[0][:100]
+    # Only the longest texts, which need no padding: often few, and thirty at most.
+    indices = torch.where(lengths == lengths.max())[0][:30]
     inputs, _, targets = get_batch(data.test, indices, "cpu")
-    # The text whose length is nearest to 60 tokens, which fit below a plot.
-    nearest = (lengths - 60).abs().argmin()
+    # The text whose length is nearest to 60 tokens, of which as many are shown.
+    nearest = (lengths - 60).abs().argmin()  # no dimensions; [nearest, None] is a batch of one
     text = data.test.inputs[nearest, :lengths[nearest]]  # (T,)
     norms = {}
     gates = {}
     for cell in cells:
         checkpoint = common.load_checkpoint(folder / f"classify-{cell}/best.pt", "rnn.py")
-        # Created as in train(), so with the initial weights of the training; then the best ones.
+        # Created as in train(): with the weights that training began with. The layers are those of
+        # this file, which keep a trace; their weights have the same names. In double precision,
+        # since a gradient that vanishes would be 0 in single precision.
         torch.manual_seed(seed)
-        # In double precision, since a gradient that vanishes would be 0 in single precision.
         model = RNNClassifier(**{**checkpoint["options"], "backend": "scratch"}).double().eval()
         norms[f"{cell} untrained"] = gradient_norms(model, inputs, targets)
         model.load_state_dict(checkpoint["model"])
         norms[f"{cell} trained"] = gradient_norms(model, inputs, targets)
         if cell != "rnn":
-            model(text[None], lengths[nearest, None])  # a batch of one: (1, T) and (1,)
+            model(text[None], lengths[nearest, None])  # (1, T) and (1,)
             opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
             unit = opened.std(0).argmax()  # the one whose gate moves most
-            gates[f"{cell} gate"] = opened[:, unit].detach()
+            gates[f"{cell} gate"] = opened[:60, unit].detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")
-    names = [common.escape_dollars(data.vocabulary[i]) for i in text]
+    names = [common.escape_dollars(data.vocabulary[i]) for i in text[:60]]
     if gates:
-        plot_cells(folder / "gates.png", title, gates, xticks=range(1, len(text) + 1),
+        plot_cells(folder / "gates.png", title, gates, xticks=range(1, len(names) + 1),
                    xticklabels=names, ylabel="forget or update gate of a unit of layer 1")
 
 
@@ -617,10 +626,12 @@ def predict(args: Namespace, device: torch.device) -> None:
 
 
 def build_parser() -> common.ArgumentParser:
-    # Each training has a subfolder for its checkpoints, such as classify-lstm.
+    # Each training has a subfolder for its checkpoints, such as classify-lstm. float32: matrices
+    # this small hardly gain from bfloat16; and on a GPU, autocast runs torch.nn's recurrent layers
+    # in float16, whatever its own type is.
     parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", subfolder="*-*", epochs=10,
                                   batch_size=128, lr=5e-3, warmup=0.1, weight_decay=0.01, clip=1.0,
-                                  patience=5)
+                                  patience=5, precision="float32")
     count = common.number(int, 1)
     probability = common.number(float, 0, 1)
     add = parser.add_argument_group("options of the RNN").add_argument
@@ -652,7 +663,7 @@ def choose_cells(args: Namespace) -> dict:
         cells = {"classify": ["lstm", "gru"]}
     elif args.tokens == "words":
         raise common.UserError("--tokens words: synthetic strings have no words; add --data FILE")
-    chosen = {task: args.cells or cells[task] for task in args.tasks if task in cells}
+    chosen = {task: dict.fromkeys(args.cells or cells[task]) for task in args.tasks if task in cells}
     if not chosen:
         raise common.UserError("--tasks generate needs synthetic data; leave out --data")
     return chosen

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_resume_may_stand_beside_a_prediction(parse, script, words):
                            {"script": f"{script}.py", "options": vars(began)})
     given = parse(script, ["--resume", "--out", "run", *words])
     assert getattr(given, words[0][2:])
+
+
+def test_of_several_checkpoints_the_newest_has_the_options(parse):
+    for cell, epochs, seconds in (("gru", 2, 1), ("lstm", 20, 3), ("rnn", 2, 2)):
+        began = parse("rnn", ["--out", "run", "--epochs", str(epochs)])
+        path = Path("run", f"classify-{cell}", "last.pt")
+        path.parent.mkdir(parents=True)
+        common.save_checkpoint(path, {"script": "rnn.py", "options": vars(began)})
+        os.utime(str(path), (seconds, seconds))
+    assert parse("rnn", ["--resume", "--out", "run"]).epochs == 20
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
