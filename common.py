@@ -42,16 +42,20 @@ class UserError(Exception):
 
 
 def run_main(main: Callable) -> None:
-    """Run `main()`. An error that the user can fix is printed as one line, with exit status 2."""
+    """Run `main()`. An error that the user can fix, or of the operating system, is printed as one
+    line, with exit status 2.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # KeyboardInterrupt, like Ctrl-C
     warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
-    # Of no use to a user: PyTorch's own warnings; those of an argument renamed in 2.13 and of an
-    # operator in 1.10 to 1.12; and Matplotlib's of characters that its font lacks.
+    # Of no use to a user. First, all warnings of PyTorch's modules.
     warnings.filterwarnings("ignore", module=r"torch\b")
+    # Then those of an argument renamed in PyTorch 2.13, of an operator, which 1.10 to 1.12 blame on
+    # the module that uses it, and of a character that Matplotlib's font lacks.
     warnings.filterwarnings("ignore", message=".*(broadcast_buffers|__floordiv__|missing from)")
     try:
         start_processes()
-        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
+        with contextlib.suppress(AttributeError):  # in a notebook there is nothing to set
+            sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")
         main()
         sys.stdout.flush()
     except (UserError, OSError) as error:
@@ -90,7 +94,7 @@ def start_processes() -> None:
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    if RANK > 0 or WORLD > 1:  # RANK without WORLD_SIZE is an error of the next call
+    if RANK > 0 or WORLD > 1:  # RANK alone, without WORLD_SIZE: the next call complains
         try:
             dist.init_process_group("gloo")
         except ValueError as error:
@@ -112,8 +116,8 @@ def wrap_model(model: nn.Module, args: Namespace, device: torch.device) -> nn.Mo
 
 
 def on_first_process(function: Callable, *arguments: Any) -> Any:
-    """Call a function in the first process only; return its result, or raise its error, in all of
-    them.
+    """Call a function in the first process only; return its result, or raise its UserError or
+    OSError, in all of them.
     """
     result = problem = None
     if RANK == 0:
@@ -134,8 +138,8 @@ def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
     """Return the indices 0 to count - 1 in random order, as the batches of this process: int64
     (steps, batch_size / WORLD).
 
-    seed: integers that seed the order. A batch has at most `count` examples; the last, incomplete
-    one is dropped.
+    seed: integers that seed the order (none, if only the number of steps matters). A batch has at
+    most `count` examples; the last, incomplete one is dropped.
     """
     batch_size = min(batch_size, count) // WORLD * WORLD  # of all processes together
     if batch_size < 2 * WORLD:  # batch norm needs two examples
@@ -149,7 +153,8 @@ def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
 # ---------------------------------------------------------------- Device and precision
 
 VERSION = tuple(int(part) for part in torch.__version__.split(".")[:2])
-# With weights_only, torch.load() is meant to run no code from the file; in 1.13 it rejects floats.
+# With weights_only, torch.load() is meant to run no code from the file. 1.13 has it, too, but
+# rejects floats.
 SAFE_LOADING = {"weights_only": True} if VERSION >= (2, 0) else {}
 # AdamW in one pass over all parameters; before 2.5 not on every device.
 FUSED = {"fused": True} if VERSION >= (2, 5) else {}
@@ -178,7 +183,7 @@ def select_device(args: Namespace) -> torch.device:
         raise UserError(f"--device {name}: {str(error)[:200]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    autocast(args.precision, device)
+    autocast(args.precision, device)  # only for its error: now, not after the data are loaded
     return device
 
 
@@ -205,7 +210,8 @@ def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> An
 
 # ---------------------------------------------------------------- Command line
 
-# Options that --resume may change; a new value of any other one is an error.
+# Options that --resume may change; a new value of any other one is an error. (--compile must be
+# given again.)
 RESUMABLE = {"data", "data_dir", "out", "epochs", "patience", "clip", "beam", "device",
              "precision", "compile", "resume", "predict", "sample"}
 
@@ -279,9 +285,10 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     saved = load_checkpoint(path, args.script)["options"]
     # Parse again: what is given on the command line overrides what was saved.
     parser.set_defaults(**saved)
-    parser.set_defaults(out=args.out)  # the folder may have been renamed
+    # The folder may have been renamed, and this machine may have no compiler.
+    parser.set_defaults(out=args.out, compile=args.compile)
     args = parser.parse_args()
-    # What is saved and no option (script, subfolder, checksum) is always equal now.
+    # script, subfolder and checksum are saved, too, but are no options: they are always equal now.
     for name in sorted(saved.keys() - RESUMABLE):
         if getattr(args, name) != saved[name]:
             flag = "--" + name.replace("_", "-")
@@ -296,9 +303,12 @@ def parse_options(parser: ArgumentParser) -> Namespace:
 
 
 def lock(folder: Path) -> None:
-    """Lock a folder until this process ends. Raises UserError if another run has locked it."""
+    """Lock a folder until this process ends (not on Windows).
+
+    Raises UserError if another run has locked it.
+    """
     try:
-        import fcntl  # not on Windows
+        import fcntl  # not available on Windows
         # The descriptor is never closed: the lock is released when this process ends.
         fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
@@ -335,7 +345,8 @@ def run_folder(args: Namespace) -> Iterator[Path]:
     except KeyboardInterrupt:
         if any(folder.glob(f"{args.subfolder}/last.pt")):
             command = f"python {shlex.quote(sys.argv[0])} --out {shlex.quote(args.out)} --resume"
-            print(f"\ninterrupted; continue with: {command}")
+            # Not on stdout: with `| tee`, Ctrl-C has ended its reader, too.
+            warn(f"interrupted; continue with: {command}")
         raise
 
 
@@ -361,7 +372,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load() does not verify checksums
         if damaged:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            raise ValueError(f"the checksum of {damaged} is wrong")  # caught below
         checkpoint = torch.load(path, map_location="cpu", **SAFE_LOADING)
         author = checkpoint["script"]
     except Exception as error:
@@ -389,7 +400,8 @@ def load_last(folder: Path, args: Namespace, state: dict) -> list:
 def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
                best: dict | None) -> None:
     """Write the files of an epoch: history.csv; last.pt, with `state`; and best.pt if there is a
-    `best`, to which "script" and "metrics" (the last row of the history) are added.
+    `best`, to which "script" and "metrics" (the last row of the history) are added. The "options"
+    of last.pt are those of the command line, those of best.pt the arguments of the model.
 
     Raises UserError, and writes nothing, if a value in the history's last row is not finite.
     """
@@ -399,7 +411,8 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
                         "--clip (checkpoints of earlier epochs are kept)")
     if RANK > 0:
         return
-    lines = [history[0], *map(dict.values, history)]  # a dict iterates over its keys
+    # history[0] itself is the header: join() iterates over the keys of a dict.
+    lines = [history[0], *map(dict.values, history)]
     table = "\n".join(",".join(map(str, line)) for line in lines)
     write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
     if best:
@@ -418,13 +431,14 @@ def write_or_warn(path: Path, write: Callable) -> None:
 
 
 def write_summary(folder: Path, args: Namespace, history: list, test: dict) -> None:
-    """Write summary.json: options, test metrics, training time in seconds, versions."""
+    """Write summary.json: options, test metrics, seconds of all epochs, versions."""
     # JSON has no infinity.
     options = {name: "inf" if value == math.inf else value for name, value in vars(args).items()}
     summary = {"script": args.script, "data": args.data, "options": options, "test": test,
                "seconds": sum(row["seconds"] for row in history),
                "versions": {"python": sys.version, "torch": torch.__version__}}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    write_or_warn(folder / "summary.json", lambda path: path.write_text(text))
 
 
 # ---------------------------------------------------------------- Training
@@ -489,7 +503,7 @@ def epochs_to_train(args: Namespace, history: list, score: Callable) -> Iterator
     waits until the warm-up is over. The caller appends a row to `history` in each epoch.
     """
     while len(history) < args.epochs:
-        warmed_up = len(history) > args.warmup * args.epochs  # never with an empty history
+        warmed_up = len(history) > args.warmup * args.epochs  # False if there is no history
         if warmed_up and epochs_since_best(history, score) >= args.patience:
             print(f"early stopping: no improvement on validation for {args.patience} epochs")
             break
@@ -502,7 +516,7 @@ def epochs_to_train(args: Namespace, history: list, score: Callable) -> Iterator
 
 def progress_bar(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
     """Return a progress bar of 80 columns that stays silent in a log file."""
-    # disable=None: unless the output is a terminal.
+    # disable=None: tqdm disables itself if its output is no terminal.
     return tqdm(iterable, description, total, leave=False, disable=RANK > 0 or None, ncols=80)
 
 
@@ -566,7 +580,7 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
     exceeded it: the mean of all columns whose names end in "clipped". The axis of a panel
     "fraction ..." ends at 1 at most.
     """
-    rows = len(panels) // 2 + 1  # two panels in a row, and one more panel
+    rows = len(panels) // 2 + 1  # enough for one more panel, two in a row
     figure, grid = new_figure(rows, 2, (8.3, 2.8 * rows), title)
     axes = dict(zip([*panels, "learning rate"], grid.flat))
     epoch = [row["epoch"] for row in history]
@@ -596,7 +610,8 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
 def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
     """Assign each example to one of ten parts: int64 (N,), 0 to 9.
 
-    Equal contents are in the same part, and each group is spread evenly over the parts.
+    Equal contents are in the same part (their group is that of the last one), and each group is
+    spread evenly over the parts.
     """
     generator = random.Random(seed)
     group_of = dict(zip(contents, groups))
@@ -616,6 +631,7 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
         return [hash(image.tobytes()) for image in images.numpy()]
     images, labels = sets["train"]
     part = split_tenths(contents(images), labels.tolist(), seed)
+    # If a set was given, its tenth stays in "train".
     for tenth, name in enumerate(("test", "val")):
         sets.setdefault(name, (images[part == tenth], labels[part == tenth]))
     # Remove from each set the images of the sets before it; so "train" loses what was taken above.
@@ -632,7 +648,9 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
 
 
 def describe_sets(name: str, device: torch.device, *sets: Sequence) -> None:
-    """Print the sizes of the training, validation and test set, and warn if one is very small."""
+    """Print the sizes of the training, validation and test set, and warn if one of the last two is
+    very small.
+    """
     train, validation, test = map(len, sets)
     print(f"{name}, on {device}: {train:,} training, {validation:,} validation and {test:,} test "
           "examples", flush=True)
@@ -706,6 +724,7 @@ def read_image(path: str, size: int) -> np.ndarray:
     try:
         image = Image.open(path)
         image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
+        image.load()  # Pillow reports damaged pixels only once: not where errors are ignored
         with contextlib.suppress(Exception):  # ignores a broken EXIF record
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
@@ -756,7 +775,7 @@ def read_images(paths: list, size: int) -> tuple:
     gigabytes = len(paths) * size**2 * 3 / 1e9  # and as much again while np.stack() copies them
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-        if gigabytes > memory / 2:
+        if gigabytes > memory / 2 / WORLD:  # each process reads all images
             raise UserError(f"{len(paths):,} images of {size} x {size} pixels take {gigabytes:.1f} "
                             f"of {memory:.1f} GB of memory; use a smaller --size, or --limit")
 
@@ -764,7 +783,7 @@ def read_images(paths: list, size: int) -> tuple:
         try:
             return read_image(path, size)
         except UserError as error:
-            warn(f"skipped {error}")
+            warn(f"skipped: {error}")
             return None
     # Pillow decodes without holding Python's lock, so threads run side by side.
     with ThreadPoolExecutor() as threads:
@@ -780,8 +799,8 @@ def read_images(paths: list, size: int) -> tuple:
 def load_torchvision(name: str, data_dir: str) -> tuple:
     """{"train": (images, labels), "test": ...} of a torchvision data set, and its class names.
 
-    images: uint8 (N, H, W, channels); labels: int64 (N,). It is downloaded if it is not there;
-    raises UserError if that fails.
+    images: uint8 (N, H, W, channels); labels: int64 (N,). The first process downloads it if it is
+    not there; raises UserError if that fails.
     """
     from torchvision import datasets
     dataset = getattr(datasets, name)

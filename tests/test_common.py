@@ -298,8 +298,9 @@ def test_an_interrupted_run_says_how_to_continue(tmp_path, number):
     script.write_text(INTERRUPTED.format(root=str(ROOT), signal=int(number)))
     done = subprocess.run([sys.executable, "x.py"], cwd=str(tmp_path), stdout=subprocess.PIPE,
                           stderr=subprocess.PIPE, universal_newlines=True)
-    assert (done.returncode, done.stderr) == (130, "")
-    assert done.stdout == "\ninterrupted; continue with: python x.py --out 'my run' --resume\n"
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == ("warning: interrupted; continue with: python x.py --out 'my run' "
+                           "--resume\n")
 
 
 PRINTING = """
@@ -453,6 +454,17 @@ def test_a_large_photograph_is_read_like_its_pixels(tmp_path):
 def test_a_broken_exif_record_costs_the_orientation_alone(tmp_path):
     path = save(tmp_path / "a.jpg", np.full((8, 8, 3), 90, np.uint8), exif=b"Exif\0\0MM\0*broken")
     assert common.read_image(path, 8).shape == (8, 8, 3)
+
+
+def test_an_image_with_damaged_pixels_is_refused(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3)).astype(np.uint8)
+    path = Path(save(tmp_path / "a.png", noise))
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    content[middle:middle + 8] = b"\xff" * 8
+    path.write_bytes(content)
+    with pytest.raises(common.UserError, match="a.png cannot be read as an image: "):
+        common.read_image(str(path), 8)
 
 
 def test_files_that_are_no_images_are_named_and_skipped(tmp_path):

@@ -77,7 +77,7 @@ def run_until_killed(script, folder, seconds, kill):
         assert "Traceback" not in done.stderr, done.stderr
     assert done.returncode in (0, STATUS[number]), done.stderr
     if done.returncode == 130 and any(folder.rglob("last.pt")):
-        assert done.stdout.endswith("run --resume\n")
+        assert done.stderr.endswith("run --resume\n")
     for path in saved(folder):
         common.load_checkpoint(path, f"{script}.py")  # whole at any moment
     return done.returncode != 0

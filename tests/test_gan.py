@@ -61,7 +61,7 @@ def test_a_folder_of_any_layout(tmp_path, monkeypatch):
     write_images(tmp_path / "photos" / "deep" / "deeper", 130)
     write_images(tmp_path / "photos" / ".hidden", 3)
     (tmp_path / "photos" / "broken.png").write_text("no image")
-    with pytest.warns(UserWarning, match="skipped photos/broken.png"):
+    with pytest.warns(UserWarning, match="skipped: photos/broken.png"):
         data = gan.load_data(parse("--data", "photos", "--size", 12))
     assert data.train[0].shape == (12, 12, 3)
     assert len(data.train.unique(dim=0)) == 104  # of 130 different ones
@@ -260,7 +260,7 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
         time.sleep(0.02)
     cut.process.terminate()
     done = cut.wait()
-    assert done.returncode == 130 and done.stdout.endswith("--out cut --resume\n")
+    assert done.returncode == 130 and done.stderr.endswith("--out cut --resume\n")
     run("gan.py", "--resume", "--out", "cut")
     first = common.load_checkpoint(tmp_path / "whole" / "last.pt", "gan.py")
     second = common.load_checkpoint(tmp_path / "cut" / "last.pt", "gan.py")

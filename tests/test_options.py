@@ -62,10 +62,10 @@ def test_with_resume_an_option_acts_or_is_refused(parse, script, action):
     changed = parse(script, words)
     Path(changed.out).mkdir(parents=True)
     path = Path(changed.out, "last.pt")
-    # Left out, an option has the value that the run began with.
+    # Left out, an option has the value that the run began with, but --compile is off.
     common.save_checkpoint(path, {"script": f"{script}.py", "options": vars(changed)})
     kept = parse(script, ["--resume", "--out", changed.out])
-    assert vars(kept) == {**vars(changed), "resume": True}
+    assert vars(kept) == {**vars(changed), "resume": True, "compile": False}
     # Given, it acts or is refused.
     began = parse(script, ["--out", changed.out])
     common.save_checkpoint(path, {"script": f"{script}.py", "options": vars(began)})

@@ -269,8 +269,8 @@ def test_resume_is_bit_for_bit_whichever_training_was_interrupted(run, tmp_path)
         script.write_text(STOP.format(training))
         command = [sys.executable, str(script), "--out", "parts", *map(str, given)]
         done = subprocess.run(command, cwd=str(tmp_path), env=environment, timeout=300,
-                              stdout=subprocess.PIPE, universal_newlines=True)
-        assert done.returncode == 130 and "--out parts --resume" in done.stdout
+                              stderr=subprocess.PIPE, universal_newlines=True)
+        assert done.returncode == 130 and "--out parts --resume" in done.stderr
     run("rnn.py", "--out", "parts", "--resume")
     for training in ("classify-gru", "generate-gru"):
         one, other = (common.load_checkpoint(tmp_path / out / training / "last.pt", "rnn.py")
