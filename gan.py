@@ -4,10 +4,10 @@
   python gan.py --data my_images   your own images, in a folder of any layout
   python gan.py --sample 100       generate 100 images with the trained model
 
-Generated images go to images/, where a later run overwrites them, plots and checkpoints to
-runs/gan. With another --out, all of it goes there, the images to its subfolder images. Without
---epochs, a run has at most 60 epochs, and fewer if there are more than about 9,000 training images.
-gan.md explains every part.
+Generated images go to images/, where a later run overwrites those of the same name, plots and
+checkpoints to runs/gan. With another --out, all of it goes there, the images to its subfolder
+images. Without --epochs, a run has at most 60 epochs, and fewer if there are more than about 9,000
+training images. gan.md explains every part.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ FONTS = ["DejaVuSans", "DejaVuSans-Bold", "DejaVuSansMono", "DejaVuSerif", "Deja
 
 
 class Dataset(NamedTuple):
-    """Three sets of images, uint8 (N, size, size, channels). No image is in two of them."""
+    """Three sets of images, uint8 (N, size, size, channels); not PyTorch's class of that name. No
+    image is in two of them.
+    """
 
     train: Tensor
     validation: Tensor
@@ -65,8 +67,8 @@ def synthetic_digits(count: int, seed: int) -> tuple:
 
 
 def load_folder(args: Namespace) -> tuple:
-    """Return all images in a folder and its subfolders, uint8 (N, size, size, 3), in random order,
-    and labels that are all 0.
+    """Return the images in a folder and its subfolders, uint8 (N, size, size, 3), in random order,
+    and labels that are all 0. At most --limit files are read.
     """
     if not Path(args.data).is_dir():
         raise common.UserError(f"--data {args.data}: neither a folder nor a data set (see --help)")
@@ -98,7 +100,7 @@ def load_data(args: Namespace) -> Dataset:
                 raise
             common.warn(f"{error}; training on synthetic digits instead")
             args.data = "synthetic"  # they are made below
-    elif args.data != "synthetic":
+    elif args.data != "synthetic":  # a folder
         sets = {"train": load_folder(args)}
     if args.data == "synthetic":  # asked for, or the fallback
         count = args.limit or 10000
@@ -184,9 +186,10 @@ class Discriminator(nn.Module):
             nn.Linear(4 * width * (size // 8)**2, 1),  # (N, 1)
         )
         self.apply(initialize)
-        # Convolutions are faster in this memory format, but with one channel wrong in PyTorch 1.12
-        # (issue 82060), so it and older versions do without. Transposed convolutions are not
-        # faster, and wrong in PyTorch 2.0 (issue 99519): the generator keeps the default format.
+        # Convolutions are faster in the memory format channels_last. In PyTorch 1.12, some with one
+        # channel are wrong in it (issue 82060), so only later versions use it. The generator keeps
+        # the default format: transposed convolutions are not faster in channels_last, and PyTorch
+        # 2.0 computes them wrongly (issue 99519).
         if common.VERSION >= (1, 13):
             self.to(memory_format=torch.channels_last)
 
@@ -216,11 +219,12 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """Return R1 (Mescheder et al., 2018): the squared norm of the gradient of the logits with
-    respect to a real image, as the mean over the images.
+    """Return R1 (Mescheder et al., 2018): the squared norm of the gradient of a real image's logit
+    with respect to the image, averaged over the images.
 
-    It keeps the discriminator flat around them, which makes the training converge. With batch norm,
-    an image also changes the other logits of the batch a little; the gradient is of their sum.
+    It keeps the discriminator flat around real images, which makes the training converge. With
+    batch norm, an image also changes the logits of the others a little; this is included, since the
+    gradient is that of the sum of all logits.
     """
     real = real.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
@@ -261,7 +265,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     generator = Generator(**options).to(device)
     generator_ema = copy.deepcopy(generator)  # exponential moving average of the weights
     images = data.train.to(device)
-    steps = len(common.shuffled_batches(len(images), args.batch_size))  # the same in any epoch
+    # Only their number is needed here; it is the same in each epoch.
+    steps = len(common.shuffled_batches(len(images), args.batch_size))
     optimizer_d = make_optimizer(discriminator, args)
     optimizer_g = make_optimizer(generator, args)
     scheduler_d = common.make_scheduler(optimizer_d, args, steps)
@@ -303,8 +308,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             optimizer_d.step()
 
             # (2) Generator: maximize log D(G(z)), with the discriminator as it is now.
-            # The gradient passes through the discriminator, whose own weights need none here. So it
-            # is called without its wrapper, which averages their gradients over processes.
+            # The gradient passes through the discriminator to the generator. The discriminator's
+            # own weights need none, which saves time. So it is called without its wrapper, which
+            # would average their gradients over processes.
             discriminator.requires_grad_(False)
             with autocast:
                 logits = discriminator(fake)
@@ -350,7 +356,10 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 
 def latent_vectors(count: int, latent: int, seed: int) -> Tensor:
-    """Return z: float (count, latent), from N(0, 1), the same on every device."""
+    """Return z: float (count, latent), from N(0, 1), the same on every device.
+
+    torch.Generator is a random number generator, not the network.
+    """
     return torch.randn(count, latent, generator=torch.Generator().manual_seed(seed))
 
 
@@ -396,9 +405,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     # NumPy takes tensors, and computes in double precision: the trace is a small difference.
     cov_a = np.cov(a.T)
     cov_b = np.cov(b.T)
+    # The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues of A B. They are
+    # also those of A^(1/2) B A^(1/2), which is symmetric.
     values, vectors = np.linalg.eigh(cov_a)
     root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    # cov_a cov_b has the eigenvalues of root_a cov_b root_a, which is symmetric.
     values = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
     trace = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(values.clip(0)).sum()
     difference = a.mean(0) - b.mean(0)
@@ -437,7 +447,8 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
-    # What can be reached: for the distance from above, for density and coverage from below.
+    # The metrics of training images are about the best to expect. A generator's distance is larger,
+    # its density and coverage are smaller: for these two, "floor" means ceiling.
     floor = measure(real_features, data.train[:len(real)])
     test.update({f"{name}_floor": value for name, value in floor.items()})
     test["best_epoch"] = max(history, key=score)["epoch"]
@@ -446,8 +457,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     image_dir = image_folder(args)
     save_grid(image_dir / "final.png", samples[:200], 20)
     save_grid(image_dir / "interpolation.png", interpolate(generator, args.seed), 10)
-    # As floats, more training images might not fit into memory.
-    save_grid(image_dir / "nearest.png", nearest_images(samples[:10], data.train[:20000]), 9)
+    save_grid(image_dir / "nearest.png", nearest_images(samples[:10], data.train), 9)
     save_animation(image_dir, history)
     print(f"\ntest set of {args.data}, weights of epoch {test['best_epoch']} (training images in "
           f"parentheses):\nFréchet distance {test['frechet']:.3f} ({test['frechet_floor']:.3f}), "
@@ -494,7 +504,9 @@ def nearest_images(samples: Tensor, train: Tensor) -> Tensor:
     """Return, for each sample, itself, a blank image, and the seven training images nearest to it
     in pixels: uint8 (9 N, size, size, channels).
     """
-    distances = torch.cdist(samples.flatten(1).float(), train.flatten(1).float())
+    # In parts: as floats, all training images might not fit into memory.
+    distances = torch.cat([torch.cdist(samples.flatten(1).float(), part.flatten(1).float())
+                           for part in train.split(500)], 1)
     nearest = train[distances.topk(7, largest=False).indices]  # (N, 7, size, size, channels)
     blank = torch.full_like(samples, 255)
     return torch.cat([samples[:, None], blank[:, None], nearest], 1).flatten(0, 1)
@@ -514,15 +526,15 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     common.write_or_warn(path, lambda file: save_image(images, file, nrow=columns, pad_value=1))
 
 
-def save_animation(folder: Path, history: list) -> None:
+def save_animation(image_dir: Path, history: list) -> None:
     """Write progress.gif, an animation of the grids of all epochs."""
-    paths = [folder / f"epoch_{row['epoch']:03}.png" for row in history]
+    paths = [image_dir / f"epoch_{row['epoch']:03}.png" for row in history]
     # The files are opened one after the other. Some may be missing: if runs/gan was renamed and the
     # run resumed, its earlier images are still in images/.
     frames = (Image.open(path) for path in paths if path.exists())
-    first = next(frames, None)
+    first = next(frames, None)  # and frames are the others
     if first:
-        common.write_or_warn(folder / "progress.gif", lambda file: first.save(
+        common.write_or_warn(image_dir / "progress.gif", lambda file: first.save(
             file, save_all=True, append_images=frames, duration=200, loop=0))
 
 
@@ -564,7 +576,7 @@ def build_parser() -> common.ArgumentParser:
     add("--size", type=common.number(int, 8), default=32,
         help="a folder's images are resized and cropped to SIZE x SIZE pixels, a multiple of 4")
     add("--limit", type=common.number(int, 100),
-        help="use only LIMIT training images (of a folder: files), out of which missing sets are "
+        help="use only LIMIT training images (of a folder: files), from which missing sets are "
              "taken")
     add("--latent", type=count, default=100, help="length of the latent vector")
     add("--width", type=count, default=64, help="channels at half the image's size")
