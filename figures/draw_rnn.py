@@ -148,6 +148,11 @@ def legend(axis, y):
     text(axis, 6.2, y, "element by element", 9, align="left")
 
 
+def hop(axis, x, y):
+    """A small arc where a line crosses another one without joining it."""
+    axis.add_patch(Arc((x, y), 0.2, 0.2, theta1=0, theta2=180, color=draw.INK, linewidth=1.2))
+
+
 def gru():
     figure, axis = draw.new(8.3, 3.9)
     draw.box(axis, 4.05, 1.95, 6.7, 3.7, color="#fafafa")
@@ -158,7 +163,7 @@ def gru():
     # What the gates read: the old state and the input.
     line(axis, (1.0, 3.3), (1.0, 0.6))
     line(axis, (1.0, 0.6), (3.6, 0.6))
-    axis.add_patch(Arc((3.7, 0.6), 0.2, 0.2, theta1=0, theta2=180, color=draw.INK, linewidth=1.2))
+    hop(axis, 3.7, 0.6)
     line(axis, (3.8, 0.6), (5.5, 0.6))
     for x, name in ((2.0, "r"), (5.5, "z")):
         draw.arrow(axis, (x, 0.6), (x, 0.94))
@@ -185,7 +190,9 @@ def gru():
     line(axis, (5.5, 1.36), (5.5, 2.2))
     draw.arrow(axis, (5.5, 2.2), (4.78, 2.2))
     text(axis, 5.15, 2.0, "1 - z", 10)
-    line(axis, (5.5, 2.2), (5.5, 2.75), (3.3, 2.75))
+    line(axis, (5.5, 2.2), (5.5, 2.75), (4.7, 2.75))
+    hop(axis, 4.6, 2.75)
+    line(axis, (4.5, 2.75), (3.3, 2.75))
     draw.arrow(axis, (3.3, 2.75), (3.3, 3.12))
     draw.arrow(axis, (4.6, 2.38), (4.6, 3.12))
     for x, y, sign in ((2.0, 2.2, "×"), (4.6, 2.2, "×"), (3.3, 3.3, "×"), (4.6, 3.3, "+")):
