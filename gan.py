@@ -447,8 +447,8 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
-    # The metrics of training images are about the best to expect. A generator's distance is larger,
-    # its density and coverage are smaller: for these two, "floor" means ceiling.
+    # The metrics of training images are about the best to expect. A generator's distance is larger;
+    # its coverage is smaller, so here "floor" means ceiling; its density may be either.
     floor = measure(real_features, data.train[:len(real)])
     test.update({f"{name}_floor": value for name, value in floor.items()})
     test["best_epoch"] = max(history, key=score)["epoch"]
