@@ -542,21 +542,22 @@ def build_parser() -> common.ArgumentParser:
     add = parser.add_argument_group("options of the CNN").add_argument
     add("--data", default="auto", help="auto, cifar10, synthetic, or a folder of class folders")
     add("--size", type=common.number(int, 8, 1024), default=32,
-        help="images are SIZE x SIZE pixels; a multiple of 8")
+        help="resize to SIZE x SIZE pixels; multiple of 8")
     add("--limit", type=count,
-        help="use only LIMIT training images, from which missing sets are taken")
+        help="use LIMIT training images; missing val/test sets come from them")
     add("--synthetic-size", type=common.number(int, 100), default=12000,
         help="synthetic training images")
-    add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of the blocks")
+    add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of each block")
     add("--convs", type=count, default=1, help="convolutions in each block")
-    add("--hidden", type=count, default=256, help="width of the fully connected layer")
+    add("--hidden", type=count, default=256, help="units in the hidden linear layer")
     add("--dropout", type=fraction, default=0.2, help="dropout probability")
-    add("--label-smoothing", type=fraction, default=0.1, help="label smoothing")
+    add("--label-smoothing", type=fraction, default=0.1, help="fraction spread over all classes")
     # Less than the smallest --size, since reflect() folds a position back only once.
     add("--crop", type=common.number(int, 0, 7), default=3, help="largest random shift, in pixels")
     add("--no-flip", action="store_true", help="do not flip images (for digits or text)")
     add("--no-batch-norm", action="store_true", help="do not use batch norm")
-    add("--predict", nargs="+", metavar="FILE", help="classify images with best.pt; - reads stdin")
+    add("--predict", nargs="+", metavar="FILE",
+        help="classify image files; - reads their names from stdin")
     return parser
 
 

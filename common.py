@@ -247,20 +247,21 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     parser = ArgumentParser(prog=script, usage=f"python {script} [options]", description=doc,
                             allow_abbrev=False, formatter_class=HelpFormatter)
     count, positive = number(int, 1), number(float, 1e-9, math.inf)
-    add = parser.add_argument_group("options that all four scripts have").add_argument
-    add("--data-dir", default="data", help="where downloaded data sets are kept")
-    add("--out", help="folder for everything that the run writes")
-    add("--epochs", type=count, help="passes over the training set, at most")
-    add("--batch-size", type=number(int, 2), help="examples in a training step")
+    add = parser.add_argument_group("options of all four scripts").add_argument
+    add("--data-dir", default="data", help="folder of downloaded data sets (cnn.py, gan.py)")
+    add("--out", help="folder of the run's plots and checkpoints")
+    add("--epochs", type=count, help="maximum number of passes over the training set")
+    add("--batch-size", type=number(int, 2), help="examples per training step")
     add("--lr", type=positive, help="peak learning rate")
-    add("--warmup", type=number(float, 0, 0.9), help="fraction of training used for warm-up")
+    add("--warmup", type=number(float, 0, 0.9),
+        help="fraction of training in which the learning rate rises")
     add("--weight-decay", type=number(float, 0), help="weight decay of weight matrices")
-    add("--clip", type=positive, help="maximum norm of the gradient; inf for no clipping")
+    add("--clip", type=positive, help="maximum norm of the gradient; inf turns clipping off")
     add("--patience", type=count, help="epochs without improvement before early stopping")
     add("--seed", type=number(int, 0), default=0, help="random seed")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:1")
+    add("--device", default="auto", help="auto, cpu, cuda or, for one of several GPUs, cuda:N")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="precision of the forward pass")
+        help="precision of the forward pass; auto: bfloat16 where it is faster")
     if hasattr(torch, "compile"):
         add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue the run in --out, with its options")

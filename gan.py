@@ -4,10 +4,10 @@
   python gan.py --data my_images   your own images, in a folder of any layout
   python gan.py --sample 100       generate 100 images with the trained model
 
-Generated images go to images/, where a later run overwrites those of the same name, plots and
-checkpoints to runs/gan. With another --out, all of it goes there, the images to its subfolder
-images. Without --epochs, a run has at most 60 epochs, and fewer if there are more than about 9,000
-training images. gan.md explains every part.
+Plots and checkpoints go to runs/gan, generated images to images/, where a later run overwrites
+those of the same name. With another --out, all of it goes there, the images to its subfolder
+images. The default of --epochs is 60, or fewer with more than about 9,000 training images. gan.md
+explains every part.
 """
 
 from __future__ import annotations
@@ -574,16 +574,16 @@ def build_parser() -> common.ArgumentParser:
     add("--data", default="auto",
         help="auto, mnist, fashion-mnist, cifar10, synthetic, or a folder of images")
     add("--size", type=common.number(int, 8), default=32,
-        help="a folder's images are resized and cropped to SIZE x SIZE pixels, a multiple of 4")
+        help="resize a folder's images to SIZE x SIZE pixels; multiple of 4")
     add("--limit", type=common.number(int, 100),
-        help="use only LIMIT training images (of a folder: files), from which missing sets are "
-             "taken")
+        help="use LIMIT training images (of a folder: files); missing val/test sets come from "
+             "them")
     add("--latent", type=count, default=100, help="length of the latent vector")
     add("--width", type=count, default=64, help="channels at half the image's size")
-    add("--beta1", type=decay, default=0.5, help="decay of AdamW's mean gradient")
+    add("--beta1", type=decay, default=0.5, help="AdamW's beta1: decay of the mean gradient")
     add("--r1", type=common.number(float, 0), default=0.2,
-        help="weight of the gradient penalty, gamma of Mescheder et al.")
-    add("--ema", type=decay, default=0.998, help="decay of the average of the generator's weights")
+        help="weight of the R1 gradient penalty (gamma); 0: none")
+    add("--ema", type=decay, default=0.998, help="decay of the generator's weight average (EMA)")
     add("--sample", type=count, help="generate SAMPLE images with best.pt")
     return parser
 

@@ -1,4 +1,4 @@
-"""Train LSTM and GRU, and on one task a plain RNN, on the same batches, and compare them.
+"""Train and compare LSTM, GRU and, on one task, a plain RNN, on the same batches.
 
   python rnn.py                         two synthetic tasks: classify and generate
   python rnn.py --data reviews.csv --tokens words
@@ -635,16 +635,16 @@ def build_parser() -> common.ArgumentParser:
     count = common.number(int, 1)
     probability = common.number(float, 0, 1)
     add = parser.add_argument_group("options of the RNN").add_argument
-    add("--data", default="synthetic", help="synthetic, or a CSV or TSV file: text, label")
+    add("--data", default="synthetic", help="synthetic, or a CSV or TSV of text and label")
     add("--synthetic-size", type=common.number(int, 100), default=2500,
-        help="strings to classify; there are five times as many to sort")
+        help="synthetic strings, all sets; five times as many to sort")
     add("--tokens", choices=["chars", "words"], default="chars", help="what texts are split into")
     add("--tasks", choices=list(MODELS), nargs="+", default=list(MODELS),
         help="tasks to train; --data FILE supports classify only")
     add("--cells", choices=list(BACKENDS["torch"]), nargs="+",
-        help="cells to compare (default: lstm, gru and, on synthetic strings to classify, rnn)")
+        help="cells to compare (default: lstm, gru; also rnn to classify synthetic strings)")
     add("--backend", choices=list(BACKENDS), default="torch",
-        help="cells of torch.nn or of this file")
+        help="cells of torch.nn or of rnn.py")
     add("--hidden", type=count, default=64, help="units of a layer, and width of the embedding")
     add("--layers", type=count, default=2, help="recurrent layers")
     add("--dropout", type=probability, default=0.1, help="dropout probability")
@@ -652,7 +652,7 @@ def build_parser() -> common.ArgumentParser:
         help="longest initial time scale of a unit, in steps (chrono initialization)")
     add("--teacher-forcing", type=probability, default=1.0,
         help="probability that a decoder is fed the true token, not the one it predicted")
-    add("--predict", nargs="+", help="texts to classify; - reads them from stdin")
+    add("--predict", nargs="+", metavar="TEXT", help="classify texts; - reads them from stdin")
     return parser
 
 
@@ -663,7 +663,8 @@ def choose_cells(args: Namespace) -> dict:
         cells = {"classify": ["lstm", "gru"]}
     elif args.tokens == "words":
         raise common.UserError("--tokens words: synthetic strings have no words; add --data FILE")
-    chosen = {task: dict.fromkeys(args.cells or cells[task]) for task in args.tasks if task in cells}
+    chosen = {task: dict.fromkeys(args.cells or cells[task])
+              for task in args.tasks if task in cells}
     if not chosen:
         raise common.UserError("--tasks generate needs synthetic data; leave out --data")
     return chosen
