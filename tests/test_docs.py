@@ -136,6 +136,16 @@ def test_numbers_beside_a_command_are_those_that_were_measured(name):
             assert any(is_rounded(*number, value) for value in known), (number, command)
 
 
+def test_numbers_beside_options_are_those_of_the_ablations():
+    found = RESULTS["python cnn.py --data cifar10_jpeg --limit 10000, with these options and --seed "
+                    "0, 1 and 2"]["test accuracy, and its mean"]
+    rows = re.findall(r"^\| `?(default options|--[^`|]*)`? \|(.*)$", text_of("cnn.md"), re.M)
+    assert [options for options, _ in rows] == list(found)
+    for options, rest in rows:
+        written = re.findall(r"[\d.]+", rest)
+        assert all(map(is_rounded, written, [" %"] * 4, found[options])) and len(written) == 4
+
+
 def test_a_number_that_was_not_measured_is_noticed():
     assert is_rounded("85.3", " %", 0.8529) and not is_rounded("85.4", " %", 0.8529)
     assert is_rounded("1,230", "", 1234.4) and not is_rounded("1,240", "", 1234.4)
