@@ -139,7 +139,7 @@ def test_numbers_beside_a_command_are_those_that_were_measured(name):
 @pytest.mark.parametrize("name, command, columns", [
     ("cnn.md", "python cnn.py --data cifar10_jpeg --limit 10000", "test accuracy, and its mean"),
     ("gan.md", "python gan.py --data mnist --limit 3000 --width 32 --epochs 30",
-     "Fréchet distance, and mean coverage")])
+     "Fréchet distance, mean coverage and mean of sure digits")])
 def test_numbers_beside_options_are_those_that_were_measured(name, command, columns):
     found, = (results[columns] for key, results in RESULTS.items()
               if key.startswith(f"{command}, with these options"))
