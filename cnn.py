@@ -112,7 +112,7 @@ def find_sets(root: Path) -> dict:
     folders = subfolders(root)
     sets = {}
     for name, path in folders.items():
-        key = SET_NAMES.get(name.lower())  # None, which is never in `sets`, if there is none
+        key = SET_NAMES.get(name.lower())  # None if it is not the name of a set
         if key in sets:
             raise common.UserError(f"--data {root}: {name} is a second folder for the {key} set")
         if key:

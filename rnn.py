@@ -556,7 +556,7 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
     # Only the longest texts, which need no padding: often few, and thirty at most.
     indices = torch.where(lengths == lengths.max())[0][:30]
     inputs, _, targets = get_batch(data.test, indices, "cpu")
-    # The text whose length is nearest to 60 tokens, of which as many are shown.
+    # The text whose length is nearest to 60 tokens. At most 80 are shown: their labels must fit.
     nearest = (lengths - 60).abs().argmin()  # no dimensions; [nearest, None] is a batch of one
     text = data.test.inputs[nearest, :lengths[nearest]]  # (T,)
     norms = {}
@@ -575,10 +575,10 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
             model(text[None], lengths[nearest, None])  # (1, T) and (1,)
             opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
             unit = opened.std(0).argmax()  # the one whose gate moves most
-            gates[f"{cell} gate"] = opened[:60, unit].detach()
+            gates[f"{cell} gate"] = opened[:80, unit].detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")
-    names = [common.escape_dollars(data.vocabulary[i]) for i in text[:60]]
+    names = [common.escape_dollars(data.vocabulary[i]) for i in text[:80]]
     if gates:
         plot_cells(folder / "gates.png", title, gates, xticks=range(1, len(names) + 1),
                    xticklabels=names, ylabel="forget or update gate of a unit of layer 1")
@@ -663,6 +663,7 @@ def choose_cells(args: Namespace) -> dict:
         cells = {"classify": ["lstm", "gru"]}
     elif args.tokens == "words":
         raise common.UserError("--tokens words: synthetic strings have no words; add --data FILE")
+    # dict.fromkeys() drops cells that are named twice.
     chosen = {task: dict.fromkeys(args.cells or cells[task])
               for task in args.tasks if task in cells}
     if not chosen:

@@ -152,9 +152,9 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    # As few batches as possible, of nearly equal size, and of at most batch_size pairs. The lower
-    # bound of 2 * WORLD leaves no process without a pair: if two or more batches are needed, each
-    # has at least half of the largest size, which is WORLD or more.
+    # As few batches as possible, of nearly equal size, and of at most batch_size pairs, or
+    # 2 * WORLD if that is more. Of several batches, each has at least half of this limit, so that
+    # every process has a pair.
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
@@ -363,8 +363,8 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     for position in range(len(model.positions)):  # max_length
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
         log_probabilities = F.log_softmax(logits[:, 0], dim=1)  # (N * beam, vocabulary)
-        # A hypothesis that has ended can only continue with <pad>, at no cost; one that has not
-        # never continues with <pad>. <bos> and <unk> are never written.
+        # A hypothesis that has ended continues with <pad>, at no cost; no other continues with it.
+        # <bos> and <unk> are never written.
         ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
         log_probabilities[:, [PAD, BOS, UNK]] = -math.inf
         log_probabilities[ended] = -math.inf

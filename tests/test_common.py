@@ -323,6 +323,23 @@ def test_output_that_nobody_reads_ends_quietly(tmp_path):
     assert process.stderr.read() == b"" and process.wait() == 2
 
 
+NOTEBOOK = """
+import io, sys
+sys.path.insert(0, {root!r})
+import common
+sys.stdout = io.StringIO()  # which, as in a notebook, has no reconfigure()
+common.run_main(lambda: print("done"))
+sys.stderr.write(sys.stdout.getvalue())
+"""
+
+
+def test_a_notebook_has_another_stdout(tmp_path):
+    (tmp_path / "x.py").write_text(NOTEBOOK.format(root=str(ROOT)))
+    done = subprocess.run([sys.executable, str(tmp_path / "x.py")], stderr=subprocess.PIPE,
+                          universal_newlines=True)
+    assert (done.returncode, done.stderr) == (0, "done\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a full disk")
 def test_a_full_disk_is_one_line(tmp_path):
     (tmp_path / "x.py").write_text(PRINTING.format(root=str(ROOT)))
