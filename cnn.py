@@ -97,9 +97,13 @@ def subfolders(folder: Path) -> dict:
 
     They are sorted by their normalized names, so that a class has the same number in each set.
     """
-    paths = {common.clean_text(path.name): path for path in folder.iterdir()
-             if path.is_dir() and common.is_visible(path.name)}
-    return dict(sorted(paths.items()))
+    paths = [path for path in folder.iterdir()
+             if path.is_dir() and common.is_visible(path.name)]
+    by_name = {common.clean_text(path.name): path for path in paths}
+    if len(by_name) < len(paths):
+        raise common.UserError(f"--data {folder}: the names of two folders differ only in white "
+                               "space or in how accents are stored; merge or rename them")
+    return dict(sorted(by_name.items()))
 
 
 def find_sets(root: Path) -> dict:
@@ -151,11 +155,10 @@ def load_image_folder(args: Namespace) -> tuple:
                                    f"same class folders; one lacks {', '.join(sorted(difference))}")
         files = []  # (path, label)
         for label, path in enumerate(subfolders(folder).values()):
-            files += [(file, label) for file in common.image_files(str(path))]
-        order = np.random.default_rng(args.seed).permutation(len(files))
+            files += [(file, label) for file in common.image_files(path)]
+        np.random.default_rng(args.seed).shuffle(files)
         if name == "train":  # before reading, which takes long
-            order = order[:args.limit]
-        files = [files[i] for i in order]
+            files = files[:args.limit]
         images, kept = common.read_images([path for path, _ in files], args.size)
         sets[name] = images, torch.tensor([files[i][1] for i in kept])
     return sets, classes
@@ -226,8 +229,7 @@ def random_crop_flip(images: Tensor, indices: Tensor, max_shift: int, flip: bool
     batch, size, device = len(indices), images.shape[1], images.device
     shift = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), device=device)
     positions = torch.arange(size, device=device)
-    rows = reflect(positions + shift[0], size)  # (B, size)
-    columns = reflect(positions + shift[1], size)  # (B, size)
+    rows, columns = reflect(positions + shift, size)  # (B, size) each
     if flip:
         flipped = torch.rand(batch, 1, device=device) < 0.5
         columns = torch.where(flipped, columns.flip(1), columns)
@@ -329,7 +331,7 @@ def score(row: dict) -> tuple:
 def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) -> list:
     """Train a CNN; keep its last and its best epoch in `folder`. Returns the history."""
     torch.manual_seed(args.seed)
-    # Every tenth image is enough for mean and std, unless there are very few.
+    # Every tenth image is enough for mean and std.
     pixels = data.train.images[::10].reshape(-1, 3).float() / 255  # (number of pixels, 3)
     options = {  # the arguments of CNN(), kept in best.pt for load_model()
         "classes": len(data.classes), "size": args.size, "widths": args.widths,
@@ -339,8 +341,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     model = CNN(**options, mean=pixels.mean(0), std=pixels.std(0).clamp(min=1e-3)).to(device)
     # The training set is kept on the device, so a batch is one indexing operation. If it does not
     # fit into a GPU's memory, lower --size or --limit.
-    images = data.train.images.to(device)
-    labels = data.train.labels.to(device)
+    images, labels = (tensor.to(device) for tensor in data.train)
     steps = len(common.shuffled_batches(len(labels), args.batch_size))  # the same in any epoch
     optimizer = torch.optim.SGD(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                 momentum=0.9, nesterov=True)
@@ -375,8 +376,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Measured in the first process, and sent to the others.
-        validation = common.on_first_process(measure, model, data.validation, flip, device)
+        # Measured in the first process, and sent to the others; not in float32, to save time.
+        with autocast:
+            validation = common.on_first_process(measure, model, data.validation, flip)
         row = {"epoch": epoch, **common.means(metrics),
                "validation_loss": validation["loss"],
                "validation_accuracy": validation["accuracy"],
@@ -386,12 +388,10 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}, {train_accuracy:.1%}  "
               "validation {validation_loss:.3f}, {validation_accuracy:.1%}  {seconds:.1f} s".format(
                   epochs=args.epochs, **row), flush=True)
-        best = None  # what save_epoch() is to write to best.pt
-        # The validation set alone decides which epoch is the best.
-        if common.epochs_since_best(history, score) == 0:
-            best = {"model": model.state_dict(), "options": options, "classes": data.classes,
-                    "flip": flip}
-        common.save_epoch(folder, args, history, state, best)
+        # Saved if this epoch is the best so far, which the validation set alone decides.
+        best = {"model": model.state_dict(), "options": options, "classes": data.classes,
+                "flip": flip}
+        common.save_epoch(folder, args, history, state, best, score)
     return history
 
 
@@ -399,7 +399,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 
 @torch.no_grad()
-def predict_logits(model: CNN, images: Tensor, flip: bool, device: torch.device) -> Tensor:
+def predict_logits(model: CNN, images: Tensor, flip: bool) -> Tensor:
     """Return the logits, float (N, classes) on the CPU, of uint8 images (N, size, size, 3).
 
     With `flip`, the mean of the logits of each image and of its flipped copy (test-time flip
@@ -410,17 +410,17 @@ def predict_logits(model: CNN, images: Tensor, flip: bool, device: torch.device)
     # 500 images of 32 x 32, and fewer if they are larger, since each takes more memory.
     batch_size = max(1, 500 * 32**2 // images.shape[1]**2)
     for batch in images.split(batch_size):
-        batch = batch.to(device)
+        batch = batch.to(model.mean.device)
         batch_logits = model(batch)
         if flip:
             batch_logits = (batch_logits + model(batch.flip(2))) / 2  # axis 2 is the width
-        logits.append(batch_logits.cpu())
+        logits.append(batch_logits.float().cpu())
     return torch.cat(logits)
 
 
-def measure(model: CNN, data: ImageSet, flip: bool, device: torch.device) -> dict:
+def measure(model: CNN, data: ImageSet, flip: bool) -> dict:
     """Return the loss and the accuracy on a set of images."""
-    logits = predict_logits(model, data.images, flip, device)
+    logits = predict_logits(model, data.images, flip)
     accuracy = (logits.argmax(1) == data.labels).double().mean()
     return {"loss": cross_entropy(logits, data.labels).item(), "accuracy": accuracy.item()}
 
@@ -444,7 +444,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     """Measure the best model on the test set; write summary.json; draw the plots."""
     model, checkpoint = load_model(folder / "best.pt", device)
     # Until here, no choice has depended on the test set.
-    logits = predict_logits(model, data.test.images, checkpoint["flip"], device)
+    logits = predict_logits(model, data.test.images, checkpoint["flip"])
     labels = data.test.labels
     test = common.classification_report(logits.argmax(1), labels, data.classes)
     test["loss"] = cross_entropy(logits, labels).item()
@@ -499,9 +499,9 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     figure, axes = common.new_figure(4, columns, (8.3, 6.2), title)
     for axis in axes.flat:
         axis.axis("off")
+    order = confidence.argsort(descending=True)  # indices of images, most confident first
     for rows, mask, color in ((axes[:2], correct, "green"), (axes[2:], ~correct, "red")):
-        order = confidence[mask].argsort(descending=True)
-        chosen = torch.where(mask)[0][order]  # indices of images, most confident first
+        chosen = order[mask[order]]
         surest, others = chosen[:columns], chosen[columns:]
         sample = others[::max(1, len(others) // columns)]  # zip() below stops after eight of them
         for axis, i in zip(rows.flat, [*surest, *sample]):
@@ -527,7 +527,7 @@ def predict(args: Namespace, device: torch.device) -> None:
     size = checkpoint["options"]["size"]
     for file in common.prediction_inputs(args.predict, files=True):
         image = torch.from_numpy(common.read_image(file, size))[None]  # (1, size, size, 3)
-        logits = predict_logits(model, image, checkpoint["flip"], device)
+        logits = predict_logits(model, image, checkpoint["flip"])
         probability, label = F.softmax(logits, dim=1).max(1)
         print(f"{file}\t{checkpoint['classes'][label]}\t{probability.item():.4f}")
 
@@ -546,7 +546,7 @@ def build_parser() -> common.ArgumentParser:
     add("--limit", type=count,
         help="use LIMIT training images; missing val/test sets come from them")
     add("--synthetic-size", type=common.number(int, 100), default=12000,
-        help="synthetic training images")
+        help="synthetic images to train and validate on")
     add("--widths", type=count, nargs=3, default=[32, 64, 128], help="channels of each block")
     add("--convs", type=count, default=1, help="convolutions in each block")
     add("--hidden", type=count, default=256, help="units in the hidden linear layer")

@@ -109,7 +109,7 @@ def wrap_model(model: nn.Module, args: Namespace, device: torch.device) -> nn.Mo
         model = torch.compile(model)
     if WORLD == 1:
         return model
-    # Gradients on a GPU need NCCL; gloo, the default group, is for everything else.
+    # NCCL averages gradients on GPUs fastest; gloo, the default group, is for everything else.
     group = dist.new_group(backend="nccl") if device.type == "cuda" else None
     # Batch norm's running statistics are those of the first process, which evaluates and saves.
     return nn.parallel.DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
@@ -261,12 +261,12 @@ def option_parser(script: str, doc: str, **defaults: Any) -> ArgumentParser:
     add("--seed", type=number(int, 0), default=0, help="random seed")
     add("--device", default="auto", help="auto, cpu, cuda or, for one of several GPUs, cuda:N")
     add("--precision", choices=("auto", "float32", "bfloat16"), default="auto",
-        help="precision of the forward pass; auto: bfloat16 where it is faster")
+        help="precision of the forward pass in training; auto: bfloat16 where it is faster")
     if hasattr(torch, "compile"):
         add("--compile", action="store_true", help="use torch.compile")
     add("--resume", action="store_true", help="continue the run in --out, with its options")
-    # subfolder: where in --out the checkpoints are, as a glob pattern ("*-*" for rnn.py).
-    parser.set_defaults(script=script, subfolder=".", compile=False)
+    # subfolders: where in --out checkpoints may be; rnn.py has several.
+    parser.set_defaults(script=script, subfolders=["."], compile=False)
     parser.set_defaults(**defaults)
     return parser
 
@@ -279,17 +279,16 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    # rnn.py has several; the newest has the options of the latest command. If there is none, the
-    # error names the default.
-    path = max(Path(args.out).glob(f"{args.subfolder}/last.pt"), key=os.path.getmtime,
-               default=Path(args.out, "last.pt"))
+    # Of several, the newest has the options of the latest command. If there is none, the error
+    # names the default.
+    path = max(find_files(args, "last.pt"), key=os.path.getmtime, default=Path(args.out, "last.pt"))
     saved = load_checkpoint(path, args.script)["options"]
     # Parse again: what is given on the command line overrides what was saved.
     parser.set_defaults(**saved)
     # The folder may have been renamed, and this machine may have no compiler.
     parser.set_defaults(out=args.out, compile=args.compile)
     args = parser.parse_args()
-    # script, subfolder and checksum are saved, too, but are no options: they are always equal now.
+    # script, subfolders and checksum are saved, too, but are no options: they are always equal now.
     for name in sorted(saved.keys() - RESUMABLE):
         if getattr(args, name) != saved[name]:
             flag = "--" + name.replace("_", "-")
@@ -301,6 +300,11 @@ def parse_options(parser: ArgumentParser) -> Namespace:
 
 
 # ---------------------------------------------------------------- Files of a run
+
+
+def find_files(args: Namespace, pattern: str) -> list:
+    """The checkpoints of the run in --out whose names match a glob pattern."""
+    return [path for name in args.subfolders for path in Path(args.out, name).glob(pattern)]
 
 
 def lock(folder: Path) -> None:
@@ -333,7 +337,7 @@ def run_folder(args: Namespace) -> Iterator[Path]:
         raise UserError(f"--out {args.out} holds more than a run; name a folder of its own")
 
     def prepare():
-        if any(folder.glob(f"{args.subfolder}/*.pt")) and not args.resume:
+        if find_files(args, "*.pt") and not args.resume:
             lock(folder)  # an error if that run is still going on
             old = f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder.rename(old)
@@ -344,7 +348,7 @@ def run_folder(args: Namespace) -> Iterator[Path]:
     try:
         yield folder
     except KeyboardInterrupt:
-        if any(folder.glob(f"{args.subfolder}/last.pt")):
+        if find_files(args, "last.pt"):
             command = f"python {shlex.quote(sys.argv[0])} --out {shlex.quote(args.out)} --resume"
             # Not on stdout: with `| tee`, Ctrl-C has ended its reader, too.
             warn(f"interrupted; continue with: {command}")
@@ -386,8 +390,8 @@ def load_checkpoint(path: Path, script: str) -> dict:
 def load_last(folder: Path, args: Namespace, state: dict) -> list:
     """Load last.pt into the parts of `state`; return the history of the run so far.
 
-    Raises UserError if the data are not those of that run, judging by `args.checksum`, which the
-    script sets when it has loaded them.
+    Raises UserError if the training data are not those of that run, judging by `args.checksum`,
+    which the script sets when it has loaded them.
     """
     checkpoint = load_checkpoint(folder / "last.pt", args.script)
     if checkpoint["options"]["checksum"] != args.checksum:
@@ -398,11 +402,11 @@ def load_last(folder: Path, args: Namespace, state: dict) -> list:
     return checkpoint["history"]
 
 
-def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
-               best: dict | None) -> None:
-    """Write the files of an epoch: history.csv; last.pt, with `state`; and best.pt if there is a
-    `best`, to which "script" and "metrics" (the last row of the history) are added. The "options"
-    of last.pt are those of the command line, those of best.pt the arguments of the model.
+def save_epoch(folder: Path, args: Namespace, history: list, state: dict, best: dict,
+               score: Callable) -> None:
+    """Write the files of an epoch: history.csv; last.pt, with `state`; and best.pt, with `best`, if
+    the epoch is the best by `score`. "script" and "metrics" (the last row of the history) are added
+    to best.pt. Its "options" are the arguments of the model; in last.pt, those of the command line.
 
     Raises UserError, and writes nothing, if a value in the history's last row is not finite.
     """
@@ -416,7 +420,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict,
     lines = [history[0], *map(dict.values, history)]
     table = "\n".join(",".join(map(str, line)) for line in lines)
     write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
-    if best:
+    if epochs_since_best(history, score) == 0:
         save_checkpoint(folder / "best.pt", {**best, "script": args.script, "metrics": history[-1]})
     last = {name: part.state_dict() for name, part in state.items()}
     last.update(script=args.script, options=vars(args), history=history)
@@ -559,8 +563,10 @@ def new_figure(rows: int, columns: int, inches: tuple, title: str) -> tuple:
 
 
 def escape_dollars(text: str) -> str:
-    """Escape dollar signs, between which Matplotlib would read a formula."""
-    return text.replace("$", r"\$")
+    """Escape dollar signs, between which Matplotlib would read a formula; replace what is not in
+    UTF-8, as in some file names.
+    """
+    return text.encode(errors="replace").decode().replace("$", r"\$")
 
 
 def save_figure(path: Path, figure: Any) -> None:
@@ -677,6 +683,7 @@ def read_table(path: str, names: tuple) -> list:
     tabs = {}
     if "\t" in text.partition("\n")[0]:  # a TSV file, whose quotation marks are kept as they are
         tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    csv.field_size_limit(10**9)  # characters in a cell
     reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True, **tabs)
     rows = []
     try:
@@ -731,6 +738,8 @@ def read_image(path: str, size: int) -> np.ndarray:
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
             warn("images of more than 8 bits are scaled, each by its own minimum and maximum")
             values = np.asarray(image, np.float64)
+            if not np.isfinite(values).all():
+                raise ValueError("not all pixels are finite numbers")
             values = (values - values.min()) / (np.ptp(values) or 1) * 255
             image = Image.fromarray(values.astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.BICUBIC)
@@ -750,12 +759,11 @@ def check_apart(data: str, *written: str) -> None:
             raise UserError(f"--data {data} and {name}, where the run writes, must be apart")
 
 
-def image_files(folder: str) -> list:
+def image_files(folder: str | Path) -> list:
     """The files below a folder, sorted, without hidden and system files. Links are followed."""
-    def report(error):
-        warn(f"skipped a folder: {error}")
     files = []
-    for base, folders, names in os.walk(folder, onerror=report, followlinks=True):
+    for base, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: warn(
+            f"skipped a folder: {error}")):
         # os.walk() visits the folders that are left in this list.
         folders[:] = filter(is_visible, folders)
         files += [os.path.join(base, name) for name in filter(is_visible, names)]
@@ -776,9 +784,12 @@ def read_images(paths: list, size: int) -> tuple:
     gigabytes = len(paths) * size**2 * 3 / 1e9  # and as much again while np.stack() copies them
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-        if gigabytes > memory / 2 / WORLD:  # each process reads all images
+        # Each process on this machine reads all images; torchrun says how many there are.
+        available = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if gigabytes > available:
             raise UserError(f"{len(paths):,} images of {size} x {size} pixels take {gigabytes:.1f} "
-                            f"of {memory:.1f} GB of memory; use a smaller --size, or --limit")
+                            f"GB, and {available:.1f} are allowed: half of the memory, shared by "
+                            "the processes; use a smaller --size, or --limit")
 
     def read(path):
         try:

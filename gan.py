@@ -222,9 +222,9 @@ def gradient_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
     """Return R1 (Mescheder et al., 2018): the squared norm of the gradient of a real image's logit
     with respect to the image, averaged over the images.
 
-    It keeps the discriminator flat around real images, which makes the training converge. With
-    batch norm, an image also changes the logits of the others a little; this is included, since the
-    gradient is that of the sum of all logits.
+    It keeps the discriminator flat around real images, which helps the training to converge.
+    With batch norm, an image also changes the logits of the others a little; this is included,
+    since the gradient is that of the sum of all logits.
     """
     real = real.detach().requires_grad_()
     gradient, = torch.autograd.grad(discriminator(real).sum(), real, create_graph=True)
@@ -300,7 +300,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             loss_d = discriminator_loss(real_logits.float(), fake_logits.float())
             penalty = 0
             if args.r1 and step % PENALTY_EVERY == 0:
-                # In float32, and never compiled: torch.compile() has no second derivatives.
+                # Without autocast, and never compiled: torch.compile() has no second derivatives.
                 penalty = PENALTY_EVERY * args.r1 / 2 * gradient_penalty(discriminator, real)
             optimizer_d.zero_grad()
             (loss_d + penalty).backward()
@@ -335,20 +335,20 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                 "discriminator_clipped": norm_d > args.clip,
                 "generator_clipped": norm_g > args.clip})
 
-        samples = generate(generator_ema, fixed_z)
-        quality = common.on_first_process(measure, real_features, samples)
+        def validate():
+            samples = generate(generator_ema, fixed_z)
+            save_grid(image_folder(args) / f"epoch_{epoch:03}.png", samples[:64], 8)
+            return measure(real_features, samples)
+        quality = common.on_first_process(validate)
         row = {"epoch": epoch, **common.means(metrics), **quality,
                "seconds": time.perf_counter() - start}
         history.append(row)
         print(f"epoch {epoch:2}/{args.epochs}  losses: D {row['discriminator_loss']:.2f}, "
               f"G {row['generator_loss']:.2f}  Fréchet {row['frechet']:.3f}, "
               f"coverage {row['coverage']:.1%}  {row['seconds']:.1f} s", flush=True)
-        path = image_folder(args) / f"epoch_{epoch:03}.png"
-        common.on_first_process(save_grid, path, samples[:64], 8)
-        best = None
-        if common.epochs_since_best(history, score) == 0:
-            best = {"model": generator_ema.state_dict(), "options": options}
-        common.save_epoch(folder, args, history, state, best)
+        # Saved if this epoch is the best so far.
+        best = {"model": generator_ema.state_dict(), "options": options}
+        common.save_epoch(folder, args, history, state, best, score)
     return history
 
 
@@ -380,18 +380,22 @@ def random_features(images: Tensor) -> Tensor:
     """Return features (N, 224) of uint8 images (N, size, size, channels): the mean of each channel
     in each layer of a convolutional network with fixed random weights. Naeem et al., 2020.
     """
+    rng = torch.Generator().manual_seed(0)
+    weights = []
+    for inputs, outputs in ((images.shape[3], 32), (32, 64), (64, 128)):
+        weight = torch.randn(outputs, inputs, 4, 4, generator=rng)
+        # Keeps the variance. He et al., 2015.
+        weights.append(weight * math.sqrt(2 / weight[0].numel()))
     features = []
     for batch in images.split(500):
-        rng = torch.Generator().manual_seed(0)  # the same weights for every batch
         x = to_float(batch)
         means = []
-        for outputs in (32, 64, 128):
-            weight = torch.randn(outputs, x.shape[1], 4, 4, generator=rng)
-            weight *= math.sqrt(2 / weight[0].numel())  # keeps the variance. He et al., 2015
+        for weight in weights:
             x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
             means.append(x.mean((2, 3)))  # (N, outputs)
         features.append(torch.cat(means, 1))
-    return torch.cat(features)
+    # In double precision: the Fréchet distance is a small difference of large numbers.
+    return torch.cat(features).double()
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -402,17 +406,14 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     |mean a - mean b|^2 + trace(A + B - 2 (A B)^(1/2)), where A and B are the covariances. Dowson
     and Landau, 1982; for generated images Heusel et al., 2017.
     """
-    # NumPy takes tensors, and computes in double precision: the trace is a small difference.
-    cov_a = np.cov(a.T)
+    cov_a = np.cov(a.T)  # NumPy takes tensors
     cov_b = np.cov(b.T)
     # The trace of (A B)^(1/2) is the sum of the square roots of the eigenvalues of A B. They are
-    # also those of A^(1/2) B A^(1/2), which is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
-    root_a = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    values = np.linalg.eigvalsh(root_a @ cov_b @ root_a)
-    trace = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(values.clip(0)).sum()
+    # real and not negative, but for rounding.
+    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0))
+    trace = np.trace(cov_a + cov_b) - 2 * roots.sum()
     difference = a.mean(0) - b.mean(0)
-    return float(difference.pow(2).sum() + trace)
+    return float(difference @ difference + trace)
 
 
 def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict:
@@ -422,8 +423,9 @@ def density_coverage(real: Tensor, fake: Tensor, k: int = 5) -> dict:
     number of balls that a generated feature is in, divided by k. Coverage: the fraction of balls
     that have a generated feature in them, which is near 0 after mode collapse. Naeem et al., 2020.
     """
+    k = min(k, len(real) - 1)
     # The k-th neighbor is the (k + 1)-th nearest, since the nearest of all is the image itself.
-    radius = torch.cdist(real, real).kthvalue(min(k + 1, len(real))).values
+    radius = torch.cdist(real, real).kthvalue(k + 1).values
     inside = torch.cdist(real, fake) < radius[:, None]  # (N, M)
     return {"density": inside.sum().item() / (k * len(fake)),
             "coverage": inside.any(1).double().mean().item()}
@@ -443,7 +445,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     # At least as many as there are test images: random_sample() keeps at most 5,000.
     samples = generate(generator, latent_vectors(5000, generator.latent, args.seed + 1))
     # The metrics depend on the number of images, so it is the same for the test images, the
-    # generated ones, and the training images, whose metrics a perfect generator would reach.
+    # generated ones and, below, the training images.
     real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
@@ -529,8 +531,8 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
 def save_animation(image_dir: Path, history: list) -> None:
     """Write progress.gif, an animation of the grids of all epochs."""
     paths = [image_dir / f"epoch_{row['epoch']:03}.png" for row in history]
-    # The files are opened one after the other. Some may be missing: if runs/gan was renamed and the
-    # run resumed, its earlier images are still in images/.
+    # The files are opened one after the other. Some may be missing, for example because runs/gan
+    # was renamed before the run was resumed: the images did not move with it.
     frames = (Image.open(path) for path in paths if path.exists())
     first = next(frames, None)  # and frames are the others
     if first:
@@ -594,12 +596,12 @@ def main() -> None:
         raise common.UserError("--size must be a multiple of 4")
     device = common.select_device(args)
     if args.sample:
-        write_samples(args, device)
+        common.on_first_process(write_samples, args, device)
         return
     data = load_data(args)
     args.checksum = zlib.crc32(data.train.numpy())  # load_last() refuses other data
-    # As many epochs as it takes to see 540,000 images, but at most 60.
-    args.epochs = args.epochs or min(60, math.ceil(540_000 / len(data.train)))
+    # As many epochs as it takes to see about 540,000 images, but at most 60.
+    args.epochs = args.epochs or min(60, max(1, round(540_000 / len(data.train))))
     common.describe_sets(args.data, device, data.train, data.validation, data.test)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)

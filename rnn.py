@@ -191,7 +191,7 @@ def epoch_batches(data: Dataset, args: Namespace, epoch: int) -> list:
     batches = []
     for i, group in enumerate(groups(data.task, data.train.lengths)):
         places = common.shuffled_batches(len(group), args.batch_size, args.seed, epoch, i)
-        batches.extend(group[places])  # places in the group: (steps, batch_size), each row a batch
+        batches.extend(group[places])  # places in the group: a row for each batch
     order = np.random.default_rng((args.seed, epoch)).permutation(len(batches))
     return [batches[i] for i in order]
 
@@ -420,8 +420,8 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
     if args.resume and (folder / "last.pt").is_file():
         history = common.load_last(folder, args, state)
     ddp_model = common.wrap_model(model, args, device)
-    autocast = common.autocast(args.precision, device)
-    folder.mkdir(parents=True, exist_ok=True)  # on another machine --out may not exist yet
+    autocast = common.autocast(args.precision, device, cpu_gains=False)
+    folder.mkdir(parents=True, exist_ok=True)
 
     for epoch in common.epochs_to_train(args, history, score):
         start = time.perf_counter()
@@ -448,12 +448,11 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
         history.append(row)
         print("{label}  training {train_loss:.3f}  validation {validation_loss:.3f}, "
               "{validation_accuracy:.2%}  {seconds:.1f} s".format(label=label, **row), flush=True)
-        best = None
-        if common.epochs_since_best(history, score) == 0:
-            # "options" are here the arguments of the model; in last.pt, those of the command line.
-            best = {"model": model.state_dict(), "options": options, "task": data.task,
-                    "vocabulary": data.vocabulary, "answers": data.answers, "tokens": args.tokens}
-        common.save_epoch(folder, args, history, state, best)
+        # Saved if this epoch is the best so far. "options" are here the arguments of the model; in
+        # last.pt, those of the command line.
+        best = {"model": model.state_dict(), "options": options, "task": data.task,
+                "vocabulary": data.vocabulary, "answers": data.answers, "tokens": args.tokens}
+        common.save_epoch(folder, args, history, state, best, score)
     return history
 
 
@@ -555,7 +554,7 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
     lengths = data.test.lengths
     # Only the longest texts, which need no padding: often few, and thirty at most.
     indices = torch.where(lengths == lengths.max())[0][:30]
-    inputs, _, targets = get_batch(data.test, indices, "cpu")
+    batch = get_batch(data.test, indices, "cpu")
     # The text whose length is nearest to 60 tokens. At most 80 are shown: their labels must fit.
     nearest = (lengths - 60).abs().argmin()  # no dimensions; [nearest, None] is a batch of one
     text = data.test.inputs[nearest, :lengths[nearest]]  # (T,)
@@ -567,10 +566,11 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
         # this file, which keep a trace; their weights have the same names. In double precision,
         # since a gradient that vanishes would be 0 in single precision.
         torch.manual_seed(seed)
-        model = RNNClassifier(**{**checkpoint["options"], "backend": "scratch"}).double().eval()
-        norms[f"{cell} untrained"] = gradient_norms(model, inputs, targets)
+        checkpoint["options"]["backend"] = "scratch"
+        model = RNNClassifier(**checkpoint["options"]).double().eval()
+        norms[f"{cell} untrained"] = gradient_norms(model, batch)
         model.load_state_dict(checkpoint["model"])
-        norms[f"{cell} trained"] = gradient_norms(model, inputs, targets)
+        norms[f"{cell} trained"] = gradient_norms(model, batch)
         if cell != "rnn":
             model(text[None], lengths[nearest, None])  # (1, T) and (1,)
             opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
@@ -578,22 +578,21 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
             gates[f"{cell} gate"] = opened[:80, unit].detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")
-    names = [common.escape_dollars(data.vocabulary[i]) for i in text[:80]]
+    names = [common.escape_dollars(data.vocabulary[i][:20]) for i in text[:80]]
     if gates:
         plot_cells(folder / "gates.png", title, gates, xticks=range(1, len(names) + 1),
                    xticklabels=names, ylabel="forget or update gate of a unit of layer 1")
 
 
-def gradient_norms(model: RNNClassifier, inputs: Tensor, targets: Tensor) -> Tensor:
+def gradient_norms(model: RNNClassifier, batch: SequenceSet) -> Tensor:
     """Return the norm of the loss's gradient at 1, 2, ..., T - 1 steps before the end: (T - 1,).
 
     The gradient is with respect to the first layer's cell (LSTM) or hidden state (GRU, RNN). Each
     norm is a mean over the sequences, divided by that at the last step.
 
-    The model has backend scratch. inputs: int64 (N, T), without padding; targets: int64 (N, 1).
+    The model has backend scratch; the sequences, to classify, all have T steps.
     """
-    lengths = torch.full((len(inputs),), inputs.shape[1])
-    loss = cross_entropy(model(inputs, lengths), targets, reduction="sum")
+    loss = cross_entropy(model(*batch), batch.targets, reduction="sum")
     # The last part of a state: the LSTM's cell, or the only hidden state. T times (N, H).
     states = [state[-1] for state, _ in model.layers.trace[0]]
     gradients = torch.stack(torch.autograd.grad(loss, states))  # (T, N, H)
@@ -629,9 +628,10 @@ def build_parser() -> common.ArgumentParser:
     # Each training has a subfolder for its checkpoints, such as classify-lstm. float32: matrices
     # this small hardly gain from bfloat16; and on a GPU, autocast runs torch.nn's recurrent layers
     # in float16, whatever its own type is.
-    parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", subfolder="*-*", epochs=10,
-                                  batch_size=128, lr=5e-3, warmup=0.1, weight_decay=0.01, clip=1.0,
-                                  patience=5, precision="float32")
+    subfolders = [f"{task}-{cell}" for task in MODELS for cell in BACKENDS["torch"]]
+    parser = common.option_parser("rnn.py", __doc__, out="runs/rnn", epochs=10, batch_size=128,
+                                  lr=5e-3, warmup=0.1, weight_decay=0.01, clip=1.0, patience=5,
+                                  precision="float32", subfolders=subfolders)
     count = common.number(int, 1)
     probability = common.number(float, 0, 1)
     add = parser.add_argument_group("options of the RNN").add_argument

@@ -478,12 +478,11 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         print("epoch {epoch:2}/{epochs}  loss: training (smoothed) {train_loss:.3f}, validation "
               "{validation_loss:.3f}; exact match {validation_exact_match:.1%}  "
               "{seconds:.1f} s".format(epochs=args.epochs, **row), flush=True)
-        best = None  # the best epoch is chosen by the validation set only
-        if common.epochs_since_best(history, score) == 0:
-            best = {"model": model.state_dict(), "options": options,
-                    "tokens": list(data.vocabulary.ids),  # the keys: all but the special tokens
-                    "source_tokens": args.source_tokens, "target_tokens": args.target_tokens}
-        common.save_epoch(folder, args, history, state, best)
+        # Saved if this epoch is the best so far, which the validation set alone decides.
+        best = {"model": model.state_dict(), "options": options,
+                "tokens": list(data.vocabulary.ids),  # the keys: all but the special tokens
+                "source_tokens": args.source_tokens, "target_tokens": args.target_tokens}
+        common.save_epoch(folder, args, history, state, best, score)
     return history
 
 
@@ -576,15 +575,15 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
 def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,
                    device: torch.device, title: str) -> None:
     """Plot the cross-attention of the last decoder layer under teacher forcing, for one pair, whose
-    source and target are cut to 20 tokens.
+    source and target are cut to 20 tokens, of at most 20 characters each.
     """
     source, target = (vocabulary.encode([tokens[:20]], device) for tokens in pair)
     with torch.no_grad():
         model(source, shift_right(target))
     weights = model.decoder[-1].cross_attention.attention_weights.cpu()  # (heads, T, S)
-    read = [common.escape_dollars(vocabulary.tokens[i]) for i in source[0]]
+    read = [common.escape_dollars(vocabulary.tokens[i][:20]) for i in source[0]]
     # Row t shows the attention when target[t] is predicted.
-    written = [common.escape_dollars(vocabulary.tokens[i]) for i in target[0]]
+    written = [common.escape_dollars(vocabulary.tokens[i][:20]) for i in target[0]]
     columns = 1 if len(weights) % 2 else 2  # so that no panel stays empty
     rows = len(weights) // columns
     figure, axes = common.new_figure(rows, columns, (8.3, 4 * rows), f"{title}: cross-attention")
@@ -656,6 +655,9 @@ def main() -> None:
     args = common.parse_options(build_parser())
     if args.d_model % args.heads or args.d_model % 2:
         raise common.UserError("--d-model must be even, and a multiple of --heads")
+    if args.data == "synthetic" and "words" in (args.source_tokens, args.target_tokens):
+        raise common.UserError("--source-tokens words, --target-tokens words: synthetic strings "
+                               "have no words; add --data FILE")
     device = common.select_device(args)
     if args.predict:
         predict(args, device)

@@ -307,6 +307,7 @@ def held_open():
     torch.manual_seed(0)
     inputs = torch.randint(3, 9, (30, 100))
     targets = torch.randint(0, 8, (30, 1))
+    batch = rnn.SequenceSet(inputs, torch.full((30,), 100), targets)
     figure = Figure((8.3, 3.6), constrained_layout=True)
     axis = figure.subplots()
     for cell, chrono, style, width, name in (
@@ -317,7 +318,7 @@ def held_open():
             ("rnn", 1, "C2:", 2, "plain RNN")):
         torch.manual_seed(0)
         model = rnn.RNNClassifier(9, 8, cell=cell, backend="scratch", chrono_max=chrono)
-        norms = rnn.gradient_norms(model.double().eval(), inputs, targets)
+        norms = rnn.gradient_norms(model.double().eval(), batch)
         axis.plot(range(1, 100), norms, style, linewidth=width, label=name)
     axis.set(xlabel="steps before the end", ylabel="gradient norm / that at the end", yscale="log")
     axis.grid(alpha=0.3)

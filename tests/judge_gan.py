@@ -52,7 +52,7 @@ def train_classifier(images, labels):
 
 def report(model, classes, name, images):
     """Print how sure the classifier is, and which classes it finds. Returns its predictions."""
-    logits = cnn.predict_logits(model, enlarge(images), False, CPU)
+    logits = cnn.predict_logits(model, enlarge(images), False)
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     sure = [(confidence >= limit).float().mean().item() for limit in (0.9, 0.7)]
     print(f"{name}: {len(images)}, sure {sure[0]:.2%}, {sure[1]:.2%}")
@@ -81,7 +81,7 @@ def main():
     print(f"  accuracy {(predicted == test_labels).float().mean():.2%}")
     report(model, classes, "generated images", fake)
 
-    real_features = gan.random_features(test[:5000])
+    real_features = gan.random_features(gan.random_sample(test))
     count = min(5000, args.samples)
     noise = torch.randint(0, 256, test[:count].shape, dtype=torch.uint8)
     print("against real test images            Fréchet   density  coverage")

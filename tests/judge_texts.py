@@ -24,11 +24,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import common  # noqa: E402
+import rnn  # noqa: E402
 
 
-def split(rows):
+def split(rows, tokens):
     """The training and the test set of rnn.py, which puts equal texts into the same tenth."""
-    contents = [tuple(text) for text, _ in rows]
+    contents = rnn.tokenize([text for text, _ in rows], tokens)
     tenths = common.split_tenths(contents, [label for _, label in rows], seed=0).tolist()
     train = [row for row, tenth in zip(rows, tenths) if tenth > 1]
     test = [row for row, tenth in zip(rows, tenths) if tenth == 0]
@@ -65,7 +66,7 @@ def main():
     parser.add_argument("--out", help="folder of an rnn.py run to judge on --test")
     args = parser.parse_args()
     rows = common.read_table(args.train, ("text", "label"))
-    train, test = split(rows)
+    train, test = split(rows, "chars" if args.letters else "words")
     if args.test:
         test = common.read_table(args.test, ("text", "label"))
     texts, labels = zip(*test)

@@ -124,10 +124,10 @@ def test_flips_are_averaged():
     model = cnn.CNN(widths=(4, 4, 4))
     nn.init.normal_(model.classifier[-1].weight)
     images = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8)
-    plain = cnn.predict_logits(model, images, False, CPU)
-    flipped = cnn.predict_logits(model, images.flip(2), False, CPU)
+    plain = cnn.predict_logits(model, images, False)
+    flipped = cnn.predict_logits(model, images.flip(2), False)
     assert not torch.allclose(plain, flipped, atol=1e-3)
-    both = cnn.predict_logits(model, images, True, CPU)
+    both = cnn.predict_logits(model, images, True)
     assert torch.allclose(both, (plain + flipped) / 2, atol=1e-6)
 
 
@@ -181,6 +181,8 @@ EXPECTED = "expected train, with or without val and test, and nothing else; put 
     (["training_set/a", "b"], f"rename training_set {ELSE}"),
     (["train/a", "train/b", "Testing/a"], f"rename Testing {ELSE}"),
     (["a"], "photos has 1 class folder(s); at least two are needed"),
+    (["a b", "a  b"], "the names of two folders differ only in white space or in how accents are "
+                      "stored; merge or rename them"),
     (["train/a", "train/b", "test/a", "test/b", "c"], f"found c, test, train; {EXPECTED}"),
     (["train/a", "train/b", "dev/a"], f"rename dev {ELSE}"),
     (["a", "b", "test/a"], f"found a, b, test; {EXPECTED}"),

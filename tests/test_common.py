@@ -211,7 +211,7 @@ def test_missing_and_foreign_checkpoints_are_one_line(tmp_path):
 
 def test_a_loss_that_is_not_finite_writes_nothing(tmp_path):
     with pytest.raises(common.UserError, match="the loss or its gradient is not finite"):
-        common.save_epoch(tmp_path, Namespace(), [{"epoch": 1, "loss": math.nan}], {}, None)
+        common.save_epoch(tmp_path, Namespace(), [{"epoch": 1, "loss": math.nan}], {}, {}, max)
     assert os.listdir(str(tmp_path)) == []
 
 
@@ -221,7 +221,7 @@ def test_a_history_that_is_open_elsewhere_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "write_text", denied)
     args = Namespace(script="x.py", checksum=0)
     with pytest.warns(UserWarning, match="history.csv was not written: Permission denied"):
-        common.save_epoch(tmp_path, args, [{"epoch": 1}], {}, None)
+        common.save_epoch(tmp_path, args, [{"epoch": 1}], {}, {}, lambda row: 0)
     assert (tmp_path / "last.pt").exists()
 
 
@@ -238,10 +238,10 @@ def test_an_earlier_run_is_moved_aside_and_a_link_stays_one(tmp_path, monkeypatc
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
     monkeypatch.setattr(common, "lock", lambda folder: None)  # it would last as long as this test
-    hold(Namespace(out=out, resume=False, subfolder=".", note="old"))
-    assert hold(Namespace(out=out, resume=True, subfolder=".", note="old")) == tmp_path / "run"
+    hold(Namespace(out=out, resume=False, subfolders=["."], note="old"))
+    assert hold(Namespace(out=out, resume=True, subfolders=["."], note="old")) == tmp_path / "run"
     with pytest.warns(UserWarning, match=f"--out {out} held another run, which is now in ") as seen:
-        hold(Namespace(out=out, resume=False, subfolder=".", note="new"))
+        hold(Namespace(out=out, resume=False, subfolders=["."], note="new"))
     moved = Path(str(seen[0].message).split(" now in ")[1])
     assert (moved / "best.pt").read_text() == "old"
     assert (tmp_path / "run" / "best.pt").read_text() == "new"
@@ -253,7 +253,7 @@ def test_a_folder_that_holds_more_than_a_run_is_never_moved(tmp_path, monkeypatc
     monkeypatch.chdir(str(tmp_path))
     (tmp_path / "best.pt").write_text("")
     with pytest.raises(common.UserError, match="holds more than a run"):
-        hold(Namespace(out=out, resume=False, subfolder=".", note="new"))
+        hold(Namespace(out=out, resume=False, subfolders=["."], note="new"))
     assert (tmp_path / "best.pt").exists()
 
 
@@ -284,7 +284,7 @@ import common
 from argparse import Namespace
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 def main():
-    with common.run_folder(Namespace(out="my run", resume=False, subfolder=".")) as folder:
+    with common.run_folder(Namespace(out="my run", resume=False, subfolders=["."])) as folder:
         (folder / "last.pt").touch()
         os.kill(os.getpid(), {signal})
         time.sleep(9)
@@ -457,6 +457,10 @@ def test_many_bits_are_scaled_by_their_own_range(tmp_path, kind):
     assert image.min() == 0 and image.max() == 255
     assert (np.diff(image.flatten().astype(int)) >= 0).all()
     assert not common.read_image(save(tmp_path / "b.tiff", 0 * ramp), 8).any()  # black stays black
+    ramp.flat[0] = np.nan if kind == np.float32 else 0
+    if kind == np.float32:
+        with pytest.raises(common.UserError, match="not all pixels are finite"):
+            common.read_image(save(tmp_path / "c.tiff", ramp), 8)
 
 
 def test_a_large_photograph_is_read_like_its_pixels(tmp_path):
@@ -538,6 +542,12 @@ def test_no_image_is_in_two_sets():
         # Three images, each twice: one for each set.
         common.make_disjoint_sets({"train": (images[:3].repeat(2, 1, 1, 1), labels[:6])}, seed=0)
     assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40
+
+
+def test_a_title_of_any_folder_name_is_drawn(tmp_path):
+    figure, _ = common.new_figure(1, 1, (2, 2), "caf\udce9 for $5, not $6")  # \udce9: not UTF-8
+    common.save_figure(tmp_path / "a.png", figure)
+    assert figure.texts[0].get_text() == r"caf? for \$5, not \$6"
 
 
 def test_the_summary_is_strict_json(tmp_path):

@@ -165,8 +165,9 @@ def test_the_average_moves_by_one_minus_decay():
 def test_frechet_distance_is_the_formula():
     a = torch.randn(500, 3).double()
     b = a @ torch.randn(3, 3).double() + 1  # with another covariance
-    product = np.cov(a.T) @ np.cov(b.T)
-    roots = np.sqrt(np.linalg.eigvals(product).real).sum()
+    # The eigenvalues of A B are the squares of the singular values of L_a^T L_b.
+    factor_a, factor_b = np.linalg.cholesky(np.cov(a.T)), np.linalg.cholesky(np.cov(b.T))
+    roots = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum()
     variances = a.var(0).sum() + b.var(0).sum()
     expected = (a.mean(0) - b.mean(0)).pow(2).sum() + variances - 2 * roots
     assert gan.frechet_distance(a, b) == pytest.approx(expected.item())
@@ -178,6 +179,8 @@ def test_density_and_coverage_on_a_case_worked_out_by_hand():
     fake = torch.tensor([[0.5], [0.6], [7.0]])  # in the balls of 0 and 1, twice; of 6, once
     result = gan.density_coverage(real, fake, k=1)
     assert result == {"density": pytest.approx(5 / 3), "coverage": 0.75}
+    # Two real images have one neighbor each, so k is 1: radii 1 and 1.
+    assert gan.density_coverage(real[:2], fake[:1])["density"] == 2
 
 
 def test_metrics_tell_real_images_from_noise_and_see_collapse():

@@ -247,12 +247,22 @@ def test_default_job_small(run, tmp_path):
     assert line.startswith("abXcdYacXbdac\t") and line.count("\t") == 2
 
 
+def test_runs_of_other_scripts_are_not_those_of_rnn(tmp_path):
+    """A folder of all runs is no run of rnn.py, though some of its subfolders have a dash."""
+    names = ["classify-lstm", "classify-gru", "classify-rnn", "generate-lstm", "generate-gru"]
+    for name in [*names, "cnn-20261128-170000", "words-large", "gan"]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+    args = rnn.build_parser().parse_args(["--out", str(tmp_path)])
+    assert sorted(path.parent.name for path in common.find_files(args, "*.pt")) == sorted(names)
+
+
 # A run that is interrupted after one epoch of one training.
 STOP = """
 import common, rnn
 save = common.save_epoch
-def save_and_stop(folder, args, history, state, best):
-    save(folder, args, history, state, best)
+def save_and_stop(folder, args, history, *others):
+    save(folder, args, history, *others)
     if folder.name == "{}" and len(history) == 1:
         raise KeyboardInterrupt
 common.save_epoch = save_and_stop
@@ -308,7 +318,8 @@ def test_gradient_norms_are_those_of_a_loop_over_the_steps(cell, states):
     loss = rnn.cross_entropy(model.output(model.batch_norm(state[0])), targets)
     norms = [gradient.norm() for gradient in torch.autograd.grad(loss, carried)]
     expected = torch.stack(norms[-2::-1]) / norms[-1]
-    assert torch.allclose(rnn.gradient_norms(model, inputs, targets), expected)
+    batch = rnn.SequenceSet(inputs, torch.tensor([5]), targets)
+    assert torch.allclose(rnn.gradient_norms(model, batch), expected)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run):
