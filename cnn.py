@@ -89,7 +89,8 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
 
 # Folder names, in lower case, of a data set that is already split; similar names are an error.
 SET_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-LOOKS_LIKE_A_SET = r"(train|test|val|dev|eval|holdout)(id|idation|ing)?[-_ ]*(set|data|images)?\d*"
+LOOKS_LIKE_A_SET = (r"(.+[-_ ])?(train|test|val|dev|eval|holdout)(id|idation|ing)?[-_ ]*"
+                    r"(set|data|images)?\d*")
 
 
 def subfolders(folder: Path) -> dict:

@@ -180,6 +180,7 @@ EXPECTED = "expected train, with or without val and test, and nothing else; put 
 @pytest.mark.parametrize("folders, message", [
     (["training_set/a", "b"], f"rename training_set {ELSE}"),
     (["train/a", "train/b", "Testing/a"], f"rename Testing {ELSE}"),
+    (["seg_train/a", "seg_test/a"], f"rename seg_test {ELSE}"),
     (["a"], "photos has 1 class folder(s); at least two are needed"),
     (["a b", "a  b"], "the names of two folders differ only in white space or in how accents are "
                       "stored; merge or rename them"),
