@@ -230,7 +230,7 @@ def random_crop_flip(images: Tensor, indices: Tensor, max_shift: int, flip: bool
     batch, size, device = len(indices), images.shape[1], images.device
     shift = torch.randint(-max_shift, max_shift + 1, (2, batch, 1), device=device)
     positions = torch.arange(size, device=device)
-    rows, columns = reflect(positions + shift, size)  # (B, size) each
+    rows, columns = reflect(positions + shift, size)  # from (2, B, size): (B, size) each
     if flip:
         flipped = torch.rand(batch, 1, device=device) < 0.5
         columns = torch.where(flipped, columns.flip(1), columns)
@@ -377,7 +377,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Measured in the first process, and sent to the others; not in float32, to save time.
+        # Measured in the first process, and sent to the others. With autocast, to save time.
         with autocast:
             validation = common.on_first_process(measure, model, data.validation, flip)
         row = {"epoch": epoch, **common.means(metrics),
@@ -502,7 +502,7 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
         axis.axis("off")
     order = confidence.argsort(descending=True)  # indices of images, most confident first
     for rows, mask, color in ((axes[:2], correct, "green"), (axes[2:], ~correct, "red")):
-        chosen = order[mask[order]]
+        chosen = order[mask[order]]  # of these, those in the mask
         surest, others = chosen[:columns], chosen[columns:]
         sample = others[::max(1, len(others) // columns)]  # zip() below stops after eight of them
         for axis, i in zip(rows.flat, [*surest, *sample]):

@@ -16,7 +16,6 @@ from torch import nn
 import cnn
 import common
 
-CPU = torch.device("cpu")
 TINY = ("--data", "synthetic", "--synthetic-size", 600, "--widths", 8, 8, 8, "--hidden", 16,
         "--device", "cpu")
 
