@@ -523,14 +523,16 @@ def load_model(path: Path, device: torch.device) -> tuple:
 
 
 def predict(args: Namespace, device: torch.device) -> None:
-    """Print `file <tab> class <tab> probability` for each file of --predict."""
+    """Print `file <tab> class <tab> probability` for each file of --predict that can be read."""
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    size = checkpoint["options"]["size"]
-    for file in common.prediction_inputs(args.predict, files=True):
-        image = torch.from_numpy(common.read_image(file, size))[None]  # (1, size, size, 3)
-        logits = predict_logits(model, image, checkpoint["flip"])
-        probability, label = F.softmax(logits, dim=1).max(1)
-        print(f"{file}\t{checkpoint['classes'][label]}\t{probability.item():.4f}")
+    files = common.prediction_inputs(args.predict, files=True)
+    if not files:
+        return
+    images, kept = common.read_images(files, checkpoint["options"]["size"])
+    logits = predict_logits(model, images, checkpoint["flip"])
+    probabilities, labels = F.softmax(logits, dim=1).max(1)
+    for i, label, probability in zip(kept, labels, probabilities):
+        print(f"{files[i]}\t{checkpoint['classes'][label]}\t{probability:.4f}")
 
 
 # ---------------------------------------------------------------- Command line

@@ -789,7 +789,7 @@ def read_images(paths: list, size: int) -> tuple:
         if gigabytes > available:
             raise UserError(f"{len(paths):,} images of {size} x {size} pixels take {gigabytes:.1f} "
                             f"GB, and {available:.1f} are allowed: half of the memory, shared by "
-                            "the processes; use a smaller --size, or --limit")
+                            "the processes; use fewer (--limit), or a smaller --size")
 
     def read(path):
         try:
@@ -804,7 +804,7 @@ def read_images(paths: list, size: int) -> tuple:
     if len(kept) < len(paths):
         warn(f"{len(paths) - len(kept)} of {len(paths)} files cannot be read")
     if not kept:
-        raise UserError(f"--data: none of the {len(paths)} files can be read as an image")
+        raise UserError(f"none of the {len(paths)} files can be read as an image")
     return torch.from_numpy(np.stack([images[i] for i in kept])), kept
 
 

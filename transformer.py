@@ -468,9 +468,10 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Decoding is greedy here (a beam of 1, the default of measure()), because that is faster.
-        validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
-                                             device)
+        # Faster than in the test: greedy decoding (a beam of 1, the default of measure()), autocast.
+        with autocast:
+            validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
+                                                 device)
         row = {"epoch": epoch, **common.means(metrics),
                **{f"validation_{name}": value for name, value in validation.items()},
                "seconds": time.perf_counter() - start}

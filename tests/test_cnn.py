@@ -267,8 +267,12 @@ def test_it_learns_writes_everything_and_predicts(run, tmp_path, monkeypatch):
     assert sum(map(str.__eq__, classes, expected)) > 12  # chance is 4
     assert run("cnn.py", "--predict", "-", stdin="\n".join(names)).stdout == predicted
     assert run("cnn.py", "--predict", "-").stdout == ""
+    # A file that cannot be read is skipped; the others are classified as before.
+    done = run("cnn.py", "--predict", "no.png", *names)
+    assert done.stdout == predicted
+    assert "skipped: no.png cannot be read as an image: [Errno 2]" in done.stderr
     error = run("cnn.py", "--predict", "no.png", status=2).stderr
-    assert error.startswith("cnn.py: error: no.png cannot be read as an image: [Errno 2]")
+    assert error.endswith("cnn.py: error: none of the 1 files can be read as an image\n")
 
 
 def test_cifar10_as_torchvision_keeps_it(cifar10, monkeypatch):
