@@ -8,6 +8,7 @@ import csv
 import json
 import os
 import random
+import re
 import signal
 import time
 
@@ -60,6 +61,14 @@ def result(script, folder):
     return files
 
 
+def broken_in_a_library(stderr):
+    """Whether a Ctrl-C fell into a library, whose cleanup then failed with another error."""
+    # Matplotlib's _setattr_cm(), for one, removes attributes that it has not set yet.
+    files = re.findall('^ *File "(.*)", line', stderr, re.MULTILINE)
+    return ("KeyboardInterrupt\n\nDuring handling of the above exception" in stderr
+            and "site-packages" in files[-1])
+
+
 def run_until_killed(script, folder, seconds, kill):
     """Start or resume a run; perhaps kill it. Returns whether it was killed."""
     options = ["--resume"] if any(folder.rglob("last.pt")) else TINY[script].split()
@@ -72,10 +81,11 @@ def run_until_killed(script, folder, seconds, kill):
         if process.process.is_alive():
             os.kill(process.process.pid, number)
     done = process.wait()
+    broken = broken_in_a_library(done.stderr)
     # Python itself swallows, and reports, a Ctrl-C that falls into a callback such as __del__().
-    if "Exception ignored in" not in done.stderr:
+    if not broken and "Exception ignored in" not in done.stderr:
         assert "Traceback" not in done.stderr, done.stderr
-    assert done.returncode in (0, STATUS[number]), done.stderr
+    assert done.returncode in (0, 1 if broken else STATUS[number]), done.stderr
     if done.returncode == 130 and any(folder.rglob("last.pt")):
         assert done.stderr.endswith("run --resume\n")
     for path in saved(folder):
