@@ -207,7 +207,7 @@ def describe_classes(data: Dataset) -> None:
         counts.append(f"{name} {len(images):,}")
         if len(images) == 0:
             raise common.UserError(f"--data {data.name}: no training image of the class {name} is "
-                                   "left after removing copies; add others, or raise --limit")
+                                   "left; add others, or raise --limit")
         if (images == images[0]).all() or (images == images[:, :1, :1]).all():
             common.warn(f"the training images of {name} are all the same, or each of one color")
     print(", ".join(counts))
@@ -573,9 +573,11 @@ def main() -> None:
         predict(args, device)
         return
     data = load_data(args)
-    # It is saved with the options. When the run is resumed, load_last() refuses another training
-    # set. The second argument is the value to start from: one checksum of images and labels.
-    args.checksum = zlib.crc32(data.train.images.numpy(), zlib.crc32(data.train.labels.numpy()))
+    # It is saved with the options. When the run is resumed, load_last() refuses other data. The
+    # second argument of crc32() is the value to start from: one checksum of all.
+    args.checksum = 0
+    for tensor in (*data.train, *data.validation, *data.test):
+        args.checksum = zlib.crc32(tensor.numpy(), args.checksum)
     common.describe_sets(data.name, device, data.train.labels, data.validation.labels,
                          data.test.labels)
     describe_classes(data)

@@ -390,7 +390,7 @@ def load_checkpoint(path: Path, script: str) -> dict:
 def load_last(folder: Path, args: Namespace, state: dict) -> list:
     """Load last.pt into the parts of `state`; return the history of the run so far.
 
-    Raises UserError if the training data are not those of that run, judging by `args.checksum`,
+    Raises UserError if the data are not those of that run, judging by `args.checksum`,
     which the script sets when it has loaded them.
     """
     checkpoint = load_checkpoint(folder / "last.pt", args.script)
@@ -630,7 +630,7 @@ def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
 
 def make_disjoint_sets(sets: dict, seed: int) -> None:
     """Take a tenth of "train" for each of "test" and "val" that is missing; then leave no image in
-    two sets.
+    two sets, and none twice in "test" or "val".
 
     sets: {"train": (images, labels), ...}, changed in place. Images with the same pixels are equal.
     """
@@ -647,11 +647,14 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
         images, labels = sets[name]
         keys = contents(images)
         if len(set(keys) - seen) < 2:  # metrics such as a variance need two
-            raise UserError(f"--data: fewer than two different images are left for the {name} set; "
-                            "provide more of them")
-        new = torch.tensor([key not in seen for key in keys])
+            raise UserError("--data: without copies of images in other sets, fewer than two are "
+                            f"left for the {name} set; add others, or raise --limit")
+        new = []
+        for key in keys:
+            new.append(key not in seen)
+            if name != "train":  # in training, a copy counts as one more example
+                seen.add(key)
         sets[name] = images[new], labels[new]
-        seen.update(keys)
 
 
 def describe_sets(name: str, device: torch.device, *sets: Sequence) -> None:
@@ -733,8 +736,9 @@ def read_image(path: str, size: int) -> np.ndarray:
         image = Image.open(path)
         image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
         image.load()  # Pillow reports damaged pixels only once: not where errors are ignored
-        with contextlib.suppress(Exception):  # ignores a broken EXIF record
-            image = ImageOps.exif_transpose(image)
+        if image.format != "TIFF":  # those are rotated by load()
+            with contextlib.suppress(Exception):  # ignores a broken EXIF record
+                image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
             warn("images of more than 8 bits are scaled, each by its own minimum and maximum")
             values = np.asarray(image, np.float64)
@@ -779,17 +783,19 @@ def read_images(paths: list, size: int) -> tuple:
     """Read image files in parallel. Files that cannot be read are named and skipped.
 
     Returns the images, uint8 (N, size, size, 3), and the indices of their paths. Raises UserError
-    if there are none, or more than fit into half of the memory.
+    if there are none, or more than fit into a quarter of the memory.
     """
-    gigabytes = len(paths) * size**2 * 3 / 1e9  # and as much again while np.stack() copies them
+    # While they are stacked, and then split into sets, they take up to three times as much.
+    gigabytes = len(paths) * size**2 * 3 / 1e9
     if hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
         # Each process on this machine reads all images; torchrun says how many there are.
-        available = memory / 2 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        available = memory / 4 / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if gigabytes > available:
             raise UserError(f"{len(paths):,} images of {size} x {size} pixels take {gigabytes:.1f} "
-                            f"GB, and {available:.1f} are allowed: half of the memory, shared by "
-                            "the processes; use fewer (--limit), or a smaller --size")
+                            f"GB, and {available:.1f} are allowed: a quarter of the memory, "
+                            "shared by the processes; use fewer (in training: "
+                            "--limit), or train with a smaller --size")
 
     def read(path):
         try:

@@ -523,7 +523,6 @@ def image_folder(args: Namespace) -> Path:
 def save_grid(path: Path, images: Tensor, columns: int) -> None:
     """Save uint8 images (N, size, size, channels) as one image, row by row, at twice their size."""
     from torchvision.utils import save_image
-    path.parent.mkdir(parents=True, exist_ok=True)
     images = F.interpolate(images.permute(0, 3, 1, 2) / 255, scale_factor=2)
     common.write_or_warn(path, lambda file: save_image(images, file, nrow=columns, pad_value=1))
 
@@ -558,10 +557,10 @@ def write_samples(args: Namespace, device: torch.device) -> None:
     # A seed far from those of training and evaluation, so these images are new ones.
     z = latent_vectors(args.sample, generator.latent, args.seed + 2 * 10**9)
     images = generate(generator, z)
-    for i, image in enumerate(images.numpy()):
-        path = folder / f"{i:05}.png"
+    paths = [folder / f"{i:05}.png" for i in range(args.sample)]
+    for path, image in zip(paths, images.numpy()):
         Image.fromarray(image.squeeze()).save(path)
-        print(path)
+    print(*paths, sep="\n")  # at last: the reader may go away early, as with `| head`
 
 
 # ---------------------------------------------------------------- Command line
@@ -604,6 +603,7 @@ def main() -> None:
     args.epochs = args.epochs or min(60, max(1, round(540_000 / len(data.train))))
     common.describe_sets(args.data, device, data.train, data.validation, data.test)
     with common.run_folder(args) as folder:
+        image_folder(args).mkdir(parents=True, exist_ok=True)
         history = train(args, data, folder, device)
         if common.RANK == 0:
             evaluate(args, data, folder, device, history)

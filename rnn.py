@@ -95,7 +95,9 @@ def tokenize(texts: list, tokens: str) -> list:
     """
     sequences = texts
     if tokens == "words":
-        sequences = [re.findall(r"\w+|[^\w\s]", text.lower()) for text in texts]
+        # In Python, the lower case of the Turkish letter I with a dot is "i" and another dot.
+        sequences = [re.findall(r"\w+|[^\w\s]", text.lower().replace("i\u0307", "i"))
+                     for text in texts]
     cut = sum(len(sequence) > LONGEST for sequence in sequences)
     if cut:
         common.warn(f"{cut} of {len(texts)} texts have more than {LONGEST} {tokens}; the rest of "
@@ -146,6 +148,7 @@ def describe_classes(labels: list, training: list) -> list:
 def load_data(args: Namespace, task: str) -> Dataset:
     """Load the data of a task: synthetic strings, or the texts and labels of a file."""
     if args.data != "synthetic":
+        common.check_apart(args.data, args.out)
         rows = common.read_table(args.data, ("text", "label"))
     elif task == "classify":
         rows = temporal_order(args.synthetic_size, args.seed)
@@ -324,7 +327,9 @@ class RNNClassifier(nn.Module):
         # would be noise that the layers memorize.
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = make_layers(hidden, dropout, **recurrent)
-        self.batch_norm = nn.BatchNorm1d(hidden)
+        # With PyTorch's momentum of 0.1, the statistics for evaluation still are half of those that
+        # they start with after 7 steps: a small data set has few.
+        self.batch_norm = nn.BatchNorm1d(hidden, momentum=0.5)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, answers)
 
@@ -574,7 +579,7 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
         if cell != "rnn":
             model(text[None], lengths[nearest, None])  # (1, T) and (1,)
             opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
-            unit = opened.std(0).argmax()  # the one whose gate moves most
+            unit = opened.std(0, False).argmax()  # the one whose gate moves most
             gates[f"{cell} gate"] = opened[:80, unit].detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")

@@ -121,6 +121,7 @@ def load_data(args: Namespace) -> Dataset:
         table = synthetic_pairs(args.task, args.synthetic_size, low, high, args.seed)
     else:
         name = args.data
+        common.check_apart(args.data, args.out)
         table = common.read_table(args.data, ("source", "target"))
     pairs = [(split_tokens(source, args.source_tokens), split_tokens(target, args.target_tokens))
              for source, target in table]
@@ -347,9 +348,10 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
-    """Write targets token by token, keeping the `beam` most probable hypotheses of each source; a
-    beam of 1 is greedy decoding. source: int64 (N, S) -> the best targets, int64 (N, T), with <pad>
-    after <eos>, and their log-probabilities, float (N,).
+    """Write targets token by token, keeping the `beam` best hypotheses of each source: those with
+    the highest mean log-probability of a token. A beam of 1 is greedy decoding. source: int64
+    (N, S) -> the best targets, int64 (N, T), with <pad> after <eos>, and their log-probabilities
+    (the sums, not the means), float (N,).
     """
     # Each hypothesis has a row: there are N * beam rows, and those of a source are adjacent.
     memory, source_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(source))
@@ -357,35 +359,38 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     first_row = torch.arange(0, len(memory), beam, device=source.device).unsqueeze(1)
     vocabulary_size = len(model.embedding.weight)
     tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
-    scores = torch.zeros(len(source), beam, device=source.device)  # log-probabilities
-    scores[:, 1:] = -math.inf  # at first the hypotheses of a source are equal: only one counts
+    # At first the hypotheses of a source are equal: only one counts.
+    log_sums = torch.full((len(memory), 1), -math.inf, device=source.device)  # log-probabilities
+    log_sums[::beam] = 0
     cache = {}
     for position in range(len(model.positions)):  # max_length
+        ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
+        if ended.all():
+            break
         logits = model.decode(tokens[:, -1:], memory, source_mask, cache, position)
         log_probabilities = F.log_softmax(logits[:, 0], dim=1)  # (N * beam, vocabulary)
         # A hypothesis that has ended continues with <pad>, at no cost; no other continues with it.
         # <bos> and <unk> are never written.
-        ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
         log_probabilities[:, [PAD, BOS, UNK]] = -math.inf
         log_probabilities[ended] = -math.inf
         log_probabilities[ended, PAD] = 0
-        # Keep the best of all continuations of a source. Each is numbered by the hypothesis that it
-        # continues and its token: hypothesis * vocabulary_size + token.
-        totals = scores.view(-1, 1) + log_probabilities  # (N * beam, vocabulary)
-        scores, chosen = totals.view(len(source), -1).topk(beam)  # (N, beam)
+        totals = log_sums + log_probabilities  # (N * beam, vocabulary)
+        # Keep the best of all continuations of a source, those with the highest mean: the sum would
+        # favor short targets. Each is numbered by the hypothesis that it continues and its token:
+        # hypothesis * vocabulary_size + token.
+        lengths = (tokens > EOS).sum(1, keepdim=True)  # with <eos>: <bos> is counted in its place
+        _, chosen = (totals / lengths).view(len(source), -1).topk(beam)  # (N, beam)
         # The rows that the new hypotheses continue, and the tokens that they add.
         rows = (first_row + chosen // vocabulary_size).flatten()  # (N * beam,)
         newest = (chosen % vocabulary_size).view(-1, 1)  # (N * beam, 1)
         tokens = torch.cat([tokens[rows], newest], dim=1)
-        # A step never raises a score: once the best hypothesis has ended, it stays the best.
-        if (tokens[::beam, -1] <= EOS).all():
-            break
+        log_sums = totals[rows].gather(1, newest)
         memory = None  # its keys and values are in the cache
         # In cross-attention this changes nothing: the rows of a source are equal, as in the mask.
         if beam > 1:  # else each row continues itself
             for module, (key, value) in cache.items():
                 cache[module] = key[rows], value[rows]
-    return tokens[::beam, 1:], scores[:, 0]
+    return tokens[::beam, 1:], log_sums[::beam, 0]
 
 
 # ---------------------------------------------------------------- Training
@@ -494,8 +499,8 @@ def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
                   device: torch.device, beam: int = 1) -> list:
     """Return a list: for each source, the (target tokens, probability) that the model writes."""
     written = []
-    for start in common.progress_bar(range(0, len(sources), 500), "decoding"):
-        source = vocabulary.encode(sources[start:start + 500], device)
+    for start in common.progress_bar(range(0, len(sources), 100), "decoding"):
+        source = vocabulary.encode(sources[start:start + 100], device)
         target, log_probabilities = beam_search(model, source, beam)
         rows = map(vocabulary.decode, target.tolist())
         written += zip(rows, log_probabilities.exp().tolist())
@@ -619,7 +624,7 @@ def predict(args: Namespace, device: torch.device) -> None:
     written = write_targets(model, vocabulary, sources, device, args.beam)
     for text, (tokens, probability) in zip(texts, written):
         target = SEPARATORS[checkpoint["target_tokens"]].join(tokens)
-        print(f"{text}\t{target}\t{probability:.4f}")
+        print(f"{text}\t{target}\t{probability:.4g}")
 
 
 # ---------------------------------------------------------------- Command line
@@ -654,18 +659,19 @@ def build_parser() -> common.ArgumentParser:
 
 def main() -> None:
     args = common.parse_options(build_parser())
+    device = common.select_device(args)
+    if args.predict:
+        predict(args, device)
+        return
     if args.d_model % args.heads or args.d_model % 2:
         raise common.UserError("--d-model must be even, and a multiple of --heads")
     if args.data == "synthetic" and "words" in (args.source_tokens, args.target_tokens):
         raise common.UserError("--source-tokens words, --target-tokens words: synthetic strings "
                                "have no words; add --data FILE")
-    device = common.select_device(args)
-    if args.predict:
-        predict(args, device)
-        return
     data = load_data(args)
-    args.checksum = zlib.crc32(repr(data.train).encode())  # load_last() refuses other data
-    common.describe_sets(data.name, device, data.train, data.validation, data.test)
+    sets = data.train, data.validation, data.test
+    args.checksum = zlib.crc32(repr(sets).encode())  # load_last() refuses other data
+    common.describe_sets(data.name, device, *sets)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)
         if common.RANK == 0:

@@ -472,6 +472,20 @@ def test_a_large_photograph_is_read_like_its_pixels(tmp_path):
     assert abs(common.read_image(path, 32) - expected).mean() < 4
 
 
+@pytest.mark.parametrize("kind", ("jpg", "png", "tif"))
+def test_an_orientation_is_applied_once(tmp_path, kind):
+    """With orientation 6 the top left corner is shown at the top right."""
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:32, :32] = 255
+    exif = Image.Exif()
+    exif[274] = 6
+    path = str(tmp_path / f"a.{kind}")
+    Image.fromarray(pixels).save(path, **({"tiffinfo": {274: 6}} if kind == "tif" else
+                                          {"exif": exif.tobytes()}))
+    image = common.read_image(path, 64)
+    assert image[8, 56].min() > 240 and image[8, 8].max() < 15 > image[56, 56].max()
+
+
 def test_a_broken_exif_record_costs_the_orientation_alone(tmp_path):
     path = save(tmp_path / "a.jpg", np.full((8, 8, 3), 90, np.uint8), exif=b"Exif\0\0MM\0*broken")
     assert common.read_image(path, 8).shape == (8, 8, 3)
@@ -535,13 +549,24 @@ def test_no_image_is_in_two_sets():
     assert len(values["test"]) == len(values["val"]) == 6
     given = {"train": (images[:60], labels[:60]), "test": (images[50:70], labels[50:70])}
     common.make_disjoint_sets(given, seed=0)
-    with pytest.raises(common.UserError, match="fewer than two different images are left for"):
+    with pytest.raises(common.UserError, match="fewer than two are left for"):
         common.make_disjoint_sets({"train": (images, labels), "test": (images, labels),
                                    "val": (images, labels)}, seed=0)
-    with pytest.raises(common.UserError, match="fewer than two different images are left for"):
+    with pytest.raises(common.UserError, match="fewer than two are left for"):
         # Three images, each twice: one for each set.
         common.make_disjoint_sets({"train": (images[:3].repeat(2, 1, 1, 1), labels[:6])}, seed=0)
     assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_copies_of_an_image_count_once_in_validation_and_test(seed):
+    values = torch.arange(100, dtype=torch.uint8)
+    values = torch.cat([values, values.new_zeros(900)])  # one of the images is there 901 times
+    images = values.view(-1, 1, 1, 1).expand(-1, 2, 2, 3)
+    sets = {"train": (images, torch.zeros(1000, dtype=torch.int64))}
+    common.make_disjoint_sets(sets, seed)
+    sizes = [len(sets[name][0]) for name in ("train", "val", "test")]
+    assert sizes[1:] == [10, 10] and sizes[0] in (80, 980)
 
 
 def test_a_title_of_any_folder_name_is_drawn(tmp_path):

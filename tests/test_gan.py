@@ -195,8 +195,8 @@ def test_metrics_tell_real_images_from_noise_and_see_collapse():
 
 def test_a_grid_shows_each_pixel_as_a_square(tmp_path):
     images = torch.randint(0, 256, (6, 28, 28, 1), dtype=torch.uint8)
-    gan.save_grid(tmp_path / "new" / "grid.png", images, columns=3)
-    grid = np.array(Image.open(tmp_path / "new" / "grid.png"))
+    gan.save_grid(tmp_path / "grid.png", images, columns=3)
+    grid = np.array(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (2 * 58 + 2, 3 * 58 + 2, 3)
     expected = images[4, ..., 0].numpy().repeat(2, 0).repeat(2, 1)
     assert np.array_equal(grid[60:116, 60:116, 0], expected)  # the second of the second row
@@ -223,7 +223,7 @@ def test_an_animation_of_many_epochs_of_this_run(tmp_path):
 # ---------------------------------------------------------------- Command line
 
 
-def test_it_learns_writes_everything_and_samples(run, tmp_path):
+def test_it_learns_writes_everything_and_samples(run, tmp_path, monkeypatch):
     images = tmp_path / "images"
     write_images(images / "samples", 3)  # the user's own
     done = run("gan.py", "--data", "synthetic", "--limit", 1000, "--epochs", 6, "--width", 8,
@@ -239,13 +239,31 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path):
         assert min(Image.open(images / name).size) > 100
     assert (out / "curves.png").exists() and (images / "progress.gif").exists()
 
-    printed = run("gan.py", "--sample", 4).stdout.split()
+    printed = run("gan.py", "--sample", 4).stdout.splitlines()
     assert printed == [f"images/samples/0000{i}.png" for i in range(4)]
     drawn = [np.array(Image.open(tmp_path / name)) for name in printed]
     generator = gan.load_generator(out / "best.pt", CPU)
     expected = gan.generate(generator, gan.latent_vectors(4, 100, seed=2 * 10**9))
     assert np.array_equal(drawn, expected[..., 0])
     assert len(list((images / "samples").iterdir())) == 4 + 3
+
+    def go_away(*paths, sep):
+        raise BrokenPipeError
+    monkeypatch.setattr("builtins.print", go_away)
+    monkeypatch.setattr("sys.argv", ["gan.py", "--sample", "20", "--device", "cpu"])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BrokenPipeError):
+        gan.main()
+    assert len(list((images / "samples").iterdir())) == 20 + 3  # although nobody reads their names
+
+
+def test_images_that_cannot_be_written_end_the_run_before_training(tmp_path, monkeypatch):
+    (tmp_path / "images").write_text("in the way")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["gan.py", "--data", "synthetic", "--device", "cpu"])
+    monkeypatch.setattr(gan, "train", None)
+    with pytest.raises(FileExistsError):
+        gan.main()
 
 
 def test_cifar10_as_torchvision_keeps_it(cifar10, monkeypatch):
@@ -280,8 +298,8 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
                       "--out"),
     (["--size", 30], "--size must be a multiple of 4"),
     (["--data", "nowhere"], "--data nowhere: neither a folder nor a data set (see --help)"),
-    (["--data", "same"], "--data: fewer than two different images are left for the test set; "
-                         "provide more of them"),
+    (["--data", "same"], "--data: without copies of images in other sets, fewer than two are left "
+                         "for the test set; add others, or raise --limit"),
     (["--data", "."], "--data . and runs/gan, where the run writes, must be apart"),
     (["--data", "images"], "--data images and images, where the run writes, must be apart"),
     (["--data", "same", "--out", "same/out"],

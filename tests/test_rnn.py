@@ -202,7 +202,8 @@ def test_bad_tables_are_one_line_and_leave_no_run(run, tmp_path, rows, message):
     (["--cells", "elman"], "--cells"), (["--teacher-forcing", 2], "--teacher-forcing"),
     (["--predict", "abc"], "best.pt"), (["--resume"], "last.pt"), (["--hidden", 0], "--hidden"),
     (["--tokens", "words"], "--data FILE"), (["--data", "nowhere.csv"], "nowhere.csv"),
-    (["--data", "nowhere.csv", "--tasks", "generate"], "leave out --data")])
+    (["--data", "nowhere.csv", "--tasks", "generate"], "leave out --data"),
+    (["--data", "mine/a.csv", "--out", "mine"], "mine/a.csv and mine, where the run writes")])
 def test_mistakes_are_one_line(run, words, message):
     done = run("rnn.py", *words, status=2)
     assert done.stderr.startswith("rnn.py: error: ") and done.stderr.count("\n") == 1

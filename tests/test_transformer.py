@@ -146,7 +146,7 @@ def search_without_cache(model, source, beam):
             for token, value in enumerate(F.log_softmax(logits, 0).tolist()):
                 if token not in (PAD, BOS, UNK):
                     candidates.append((total + value, [*tokens, token]))
-        beams = sorted(candidates, reverse=True)[:beam]
+        beams = sorted(candidates, key=lambda row: row[0] / len(row[1]), reverse=True)[:beam]
     return beams[0]
 
 
@@ -163,6 +163,24 @@ def test_search_with_the_cache_is_search_without(beam):
     assert rows == [row for _, row in expected]
     assert log_probabilities.tolist() == pytest.approx([total for total, _ in expected], abs=1e-4)
     assert len(set(map(len, rows))) >= 2
+
+
+def test_beam_search_does_not_prefer_short_targets(monkeypatch):
+    """Label smoothing leaves <eos> a little probability at every position. 60 tokens of 0.9 each
+    are less probable than one wrong <eos>, and yet are what is to be written.
+    """
+    model = small_model()
+    model.positions = torch.zeros(100, 16)
+
+    def decode(newest, memory, source_mask, cache, position):
+        probabilities = torch.full((len(newest), 1, 12), 0.1 / 11)
+        probabilities[:, :, 5 if position < 60 else EOS] = 0.9
+        return probabilities.log()
+    monkeypatch.setattr(model, "decode", decode)
+    assert 0.9**61 < 0.1 / 11
+    tokens, log_probabilities = transformer.beam_search(model, torch.tensor([[4, EOS]] * 2), beam=4)
+    assert tokens.tolist() == [[5] * 60 + [EOS]] * 2
+    assert log_probabilities.tolist() == pytest.approx([61 * math.log(0.9)] * 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("a, b, distance", (
@@ -313,6 +331,8 @@ def test_files_that_cannot_be_used(tmp_path, content, message):
 @pytest.mark.parametrize("options, message", (
     (("--data", "nowhere.csv"), "nowhere.csv"),
     (("--d-model", 9, "--heads", 3), "--d-model must be even, and a multiple of --heads"),
+    (("--source-tokens", "words"), "synthetic strings have no words; add --data FILE"),
+    (("--data", "mine/pairs.tsv", "--out", "mine"), "mine/pairs.tsv and mine, where the run writes"),
     (("--predict", "a"), "train first")))
 def test_mistakes_are_one_line(options, message, run):
     done = run("transformer.py", *options, status=2)
@@ -375,6 +395,17 @@ def test_a_resumed_run_ends_with_the_same_weights(trained, run):
     assert "--layers: the run in" in done.stderr and "was started with 1" in done.stderr
 
 
+@pytest.mark.parametrize("part", ("validation", "test"))
+def test_resume_refuses_other_pairs_to_evaluate_on(run, tmp_path, part):
+    table = "source,target\n" + "".join(f"{i},{i}\n" for i in range(100, 140))
+    path = write(tmp_path / "pairs.csv", table)
+    changed = "".join(getattr(load(path), part)[0][0])  # the source of a pair
+    run("transformer.py", *TINY, "--data", path, "--epochs", 1)
+    write(tmp_path / "pairs.csv", table.replace(f",{changed}", ",000"))
+    done = run("transformer.py", "--resume", "--epochs", 2, status=2)
+    assert "was started with other data" in done.stderr
+
+
 def predict(run, trained, *texts, **settings):
     """Return the cells of each line, and standard error."""
     done = run("transformer.py", "--out", trained / "out", "--predict", *texts, **settings)
@@ -384,7 +415,7 @@ def predict(run, trained, *texts, **settings):
 def test_predict_answers_each_text_in_a_line(trained, run):
     lines, warnings = predict(run, trained, "abc", " x \t ü")
     assert [line[0] for line in lines] == ["abc", "x ü"]
-    assert all(0 <= float(probability) <= 1 for _, _, probability in lines)
+    assert all(0 < float(probability) <= 1 for _, _, probability in lines)
     assert warnings.count("warning") == 1 and "never seen in training" in warnings
     assert "ü" in warnings
 
@@ -412,5 +443,5 @@ def test_own_pairs_of_words(run, tmp_path):
     assert "fewer than 30 examples" in done.stderr
     summary = json.loads((tmp_path / "runs" / "transformer" / "summary.json").read_text())
     assert summary["data"] == path
-    done = run("transformer.py", "--predict", "in  a u")
+    done = run("transformer.py", "--predict", "in  a u", "--source-tokens", "words")
     assert done.stdout.startswith("in a u\t")
