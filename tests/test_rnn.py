@@ -106,6 +106,18 @@ def test_padding_never_influences_a_classification(backend, cell):
         assert torch.allclose(together[i:i + 1], alone, atol=1e-6)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_statistics_for_evaluation_settle_within_a_few_steps(cell):
+    torch.manual_seed(0)
+    model = rnn.RNNClassifier(6, 3, hidden=16, cell=cell)
+    inputs = torch.randint(3, 6, (200, 9))
+    lengths = torch.full((200,), 9)
+    for _ in range(40):  # the weights stay
+        trained = model(inputs, lengths)
+    evaluated = model.eval()(inputs, lengths)
+    assert (evaluated - trained).std() < 0.01 * trained.std()
+
+
 @pytest.mark.parametrize("backend", ["torch", "scratch"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_teacher_forcing_feeds_true_or_predicted_tokens(backend, cell):
@@ -168,6 +180,8 @@ def test_sets_are_apart_and_the_vocabulary_is_that_of_the_training_set(tmp_path)
 def test_words():
     assert rnn.tokenize(["It's  GOOD, \u00c9t\u00e9!", ""], "words") == [
         ("it", "'", "s", "good", ",", "\u00e9t\u00e9", "!"), ()]
+    # The small letter of the Turkish \u0130 is i.
+    assert rnn.tokenize(["\u0130yi F\u0130LM"], "words") == rnn.tokenize(["iyi film"], "words")
     assert rnn.tokenize(["Ab c"], "chars") == [("A", "b", " ", "c")]
 
 
