@@ -471,10 +471,17 @@ def warmup_cosine(progress: float, warmup: float) -> float:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> Any:
-    """A scheduler that follows warmup_cosine(), with `steps` steps an epoch."""
+    """A scheduler that follows warmup_cosine(), with `steps` steps an epoch. Warns if there are few
+    in all.
+    """
+    total = args.epochs * steps
+    if total < 100:
+        warn(f"with {total} training steps the model may learn little; lower --batch-size, or "
+             "raise --epochs")
+
     def factor(step):
         # The middle of the step, so that neither the first nor the last has a rate of 0.
-        return warmup_cosine((step + 0.5) / (args.epochs * steps), args.warmup)
+        return warmup_cosine((step + 0.5) / total, args.warmup)
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
