@@ -38,7 +38,9 @@ def test_a_run_goes_on_in_another_number_of_processes(tmp_path, script):
     options = ["--out", "run", "--epochs", 1, *TINY[script].split()]
     first, second = launch(tmp_path, 2, f"{script}.py", *options)
     assert "1/1" in first.stdout and second.stdout == ""
-    assert first.stderr == second.stderr == ""
+    assert second.stderr == ""
+    assert all("training steps the model may learn little" in line
+               for line in first.stderr.splitlines())
     launch(tmp_path, 1, f"{script}.py", "--out", "run", "--resume", "--epochs", 2)
     launch(tmp_path, 2, f"{script}.py", "--out", "run", "--resume", "--epochs", 3)
     assert (tmp_path / "run" / "summary.json").exists()
