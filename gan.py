@@ -598,10 +598,10 @@ def main() -> None:
         common.on_first_process(write_samples, args, device)
         return
     data = load_data(args)
-    args.checksum = zlib.crc32(data.train.numpy())  # load_last() refuses other data
+    args.checksum = zlib.crc32(torch.cat(data).numpy())  # load_last() refuses other data
     # As many epochs as it takes to see about 540,000 images, but at most 60.
     args.epochs = args.epochs or min(60, max(1, round(540_000 / len(data.train))))
-    common.describe_sets(args.data, device, data.train, data.validation, data.test)
+    common.describe_sets(args.data, device, *data)
     with common.run_folder(args) as folder:
         image_folder(args).mkdir(parents=True, exist_ok=True)
         history = train(args, data, folder, device)

@@ -293,6 +293,23 @@ def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
     assert not (tmp_path / "images").exists()
 
 
+def test_resume_refuses_other_images_to_evaluate_on(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gray").mkdir()
+    for i in range(120):
+        Image.new("L", (8, 8), 2 * i).save(tmp_path / "gray" / f"{i}.png")
+    options = ["--data", "gray", "--size", "8", "--width", "2", "--batch-size", "32"]
+    run("gan.py", *options, "--epochs", 1, "--device", "cpu")
+    data = gan.load_data(gan.build_parser().parse_args(options))
+    for images in (data.validation, data.test):
+        path = tmp_path / "gray" / f"{int(images[0, 0, 0, 0]) // 2}.png"
+        content = path.read_bytes()
+        Image.new("L", (8, 8), 255).save(path)
+        done = run("gan.py", "--resume", status=2)
+        assert done.stderr.endswith("the run in runs/gan was started with other data\n")
+        path.write_bytes(content)
+
+
 @pytest.mark.parametrize("options, message", [
     (["--sample", 3], "there is no runs/gan/best.pt; train first, or name the run's folder with "
                       "--out"),
