@@ -257,6 +257,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     """Train both networks, and save them after each epoch; of the best epoch, save the averaged
     generator. Return the history.
     """
+    image_folder(args).mkdir(parents=True, exist_ok=True)  # an error now, not after an epoch
     torch.manual_seed(args.seed)
     size, channels = data.train.shape[2:]  # of (N, size, size, channels)
     shape = {"size": size, "channels": channels, "width": args.width}
@@ -603,7 +604,6 @@ def main() -> None:
     args.epochs = args.epochs or min(60, max(1, round(540_000 / len(data.train))))
     common.describe_sets(args.data, device, *data)
     with common.run_folder(args) as folder:
-        image_folder(args).mkdir(parents=True, exist_ok=True)
         history = train(args, data, folder, device)
         if common.RANK == 0:
             evaluate(args, data, folder, device, history)

@@ -360,7 +360,7 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     vocabulary_size = len(model.embedding.weight)
     tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
     # At first the hypotheses of a source are equal: only one counts.
-    log_sums = torch.full((len(memory), 1), -math.inf, device=source.device)  # log-probabilities
+    log_sums = torch.full((len(memory), 1), -math.inf, device=source.device)  # (N * beam, 1)
     log_sums[::beam] = 0
     cache = {}
     for position in range(len(model.positions)):  # max_length

@@ -261,7 +261,7 @@ def test_images_that_cannot_be_written_end_the_run_before_training(tmp_path, mon
     (tmp_path / "images").write_text("in the way")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["gan.py", "--data", "synthetic", "--device", "cpu"])
-    monkeypatch.setattr(gan, "train", None)
+    monkeypatch.setattr(gan, "Discriminator", None)
     with pytest.raises(FileExistsError):
         gan.main()
 
