@@ -473,7 +473,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Faster than in the test: greedy decoding (a beam of 1, the default of measure()), autocast.
+        # Faster than the test: greedy decoding (a beam of 1, the default of measure()), autocast.
         with autocast:
             validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
                                                  device)
