@@ -390,8 +390,8 @@ def load_checkpoint(path: Path, script: str) -> dict:
 def load_last(folder: Path, args: Namespace, state: dict) -> list:
     """Load last.pt into the parts of `state`; return the history of the run so far.
 
-    Raises UserError if the data are not those of that run, judging by `args.checksum`,
-    which the script sets when it has loaded them.
+    Raises UserError if the data are not those of that run, judging by `args.checksum`, which the
+    script sets when it has loaded them.
     """
     checkpoint = load_checkpoint(folder / "last.pt", args.script)
     if checkpoint["options"]["checksum"] != args.checksum:
@@ -801,8 +801,8 @@ def read_images(paths: list, size: int) -> tuple:
         if gigabytes > available:
             raise UserError(f"{len(paths):,} images of {size} x {size} pixels take {gigabytes:.1f} "
                             f"GB, and {available:.1f} are allowed: a quarter of the memory, "
-                            "shared by the processes; use fewer (in training: "
-                            "--limit), or train with a smaller --size")
+                            "shared by the processes; use fewer (in training: --limit), or train "
+                            "with a smaller --size")
 
     def read(path):
         try:

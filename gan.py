@@ -561,7 +561,7 @@ def write_samples(args: Namespace, device: torch.device) -> None:
     paths = [folder / f"{i:05}.png" for i in range(args.sample)]
     for path, image in zip(paths, images.numpy()):
         Image.fromarray(image.squeeze()).save(path)
-    print(*paths, sep="\n")  # at last: the reader may go away early, as with `| head`
+    print(*paths, sep="\n")  # last: the reader may close the pipe early, as `head` does
 
 
 # ---------------------------------------------------------------- Command line

@@ -327,8 +327,8 @@ class RNNClassifier(nn.Module):
         # would be noise that the layers memorize.
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = make_layers(hidden, dropout, **recurrent)
-        # With PyTorch's momentum of 0.1, the statistics for evaluation still are half of those that
-        # they start with after 7 steps: a small data set has few.
+        # With PyTorch's default momentum, 0.1, nearly half of the initial running statistics would
+        # be left after 7 steps, and training on a small data set has few steps.
         self.batch_norm = nn.BatchNorm1d(hidden, momentum=0.5)
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, answers)
@@ -579,7 +579,7 @@ def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str)
         if cell != "rnn":
             model(text[None], lengths[nearest, None])  # (1, T) and (1,)
             opened = torch.cat([gate for _, gate in model.layers.trace[0]])  # (T, hidden)
-            unit = opened.std(0, False).argmax()  # the one whose gate moves most
+            unit = opened.std(0, unbiased=False).argmax()  # the one whose gate moves most
             gates[f"{cell} gate"] = opened[:80, unit].detach()
     plot_cells(folder / "gradients.png", title, norms, xlabel="steps before the end",
                ylabel="gradient norm / that at the end", yscale="log")

@@ -360,8 +360,8 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     vocabulary_size = len(model.embedding.weight)
     tokens = source.new_full((len(memory), 1), BOS)  # (N * beam, 1 + position)
     # At first the hypotheses of a source are equal: only one counts.
-    log_sums = torch.full((len(memory), 1), -math.inf, device=source.device)  # (N * beam, 1)
-    log_sums[::beam] = 0
+    sums = torch.full((len(memory), 1), -math.inf, device=source.device)  # of log-probabilities
+    sums[::beam] = 0
     cache = {}
     for position in range(len(model.positions)):  # max_length
         ended = tokens[:, -1] <= EOS  # the last token is <pad> or <eos>
@@ -374,23 +374,24 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         log_probabilities[:, [PAD, BOS, UNK]] = -math.inf
         log_probabilities[ended] = -math.inf
         log_probabilities[ended, PAD] = 0
-        totals = log_sums + log_probabilities  # (N * beam, vocabulary)
+        totals = sums + log_probabilities  # (N * beam, vocabulary)
         # Keep the best of all continuations of a source, those with the highest mean: the sum would
         # favor short targets. Each is numbered by the hypothesis that it continues and its token:
         # hypothesis * vocabulary_size + token.
-        lengths = (tokens > EOS).sum(1, keepdim=True)  # with <eos>: <bos> is counted in its place
-        _, chosen = (totals / lengths).view(len(source), -1).topk(beam)  # (N, beam)
+        # A length includes <eos>, or the token added now: <bos> is counted in its place.
+        lengths = (tokens > EOS).sum(1, keepdim=True)  # (N * beam, 1)
+        chosen = (totals / lengths).view(len(source), -1).topk(beam).indices  # (N, beam)
         # The rows that the new hypotheses continue, and the tokens that they add.
         rows = (first_row + chosen // vocabulary_size).flatten()  # (N * beam,)
         newest = (chosen % vocabulary_size).view(-1, 1)  # (N * beam, 1)
         tokens = torch.cat([tokens[rows], newest], dim=1)
-        log_sums = totals[rows].gather(1, newest)
+        sums = totals[rows].gather(1, newest)
         memory = None  # its keys and values are in the cache
         # In cross-attention this changes nothing: the rows of a source are equal, as in the mask.
         if beam > 1:  # else each row continues itself
             for module, (key, value) in cache.items():
                 cache[module] = key[rows], value[rows]
-    return tokens[::beam, 1:], log_sums[::beam, 0]
+    return tokens[::beam, 1:], sums[::beam, 0]
 
 
 # ---------------------------------------------------------------- Training
