@@ -45,8 +45,8 @@ class Dataset(NamedTuple):
 
 
 # Each shape is a star: the number of its tips, and the distance of its notches from the center,
-# where the tips are at distance 1. With notches at cos(pi / tips) it is a regular polygon, such as
-# the square; with notches at 1, the disc, twice as many corners are at the same distance.
+# where the tips are at distance 1. Notches at cos(pi / tips) give a regular polygon, such as the
+# square; notches at 1 give one with twice as many corners, here the disc.
 SHAPES = {
     "triangle": (3, 0.5),
     "square": (4, 0.71),
@@ -157,6 +157,8 @@ def load_image_folder(args: Namespace) -> tuple:
         files = []  # (path, label)
         for label, path in enumerate(subfolders(folder).values()):
             files += [(file, label) for file in common.image_files(path)]
+        if not files:
+            raise common.UserError(f"--data {root}: there are no files in {folder}")
         np.random.default_rng(args.seed).shuffle(files)
         if name == "train":  # before reading, which takes long
             files = files[:args.limit]
@@ -248,7 +250,7 @@ def conv_block(inputs: int, outputs: int, convs: int, batch_norm: bool) -> nn.Se
     """
     layers = []
     for _ in range(convs):
-        # Batch norm adds a bias of its own, so the convolution needs none.
+        # Batch norm adds a bias of its own, so the layer before it needs none.
         layers.append(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1, bias=not batch_norm))
         if batch_norm:
             layers.append(nn.BatchNorm2d(outputs))
@@ -264,6 +266,7 @@ class CNN(nn.Module):
 
     size: a multiple of 8; widths: channels of the blocks; convs: convolutions in each block;
     hidden: width of the fully connected layer; dropout: dropout probability before the last layer;
+    batch_norm: whether it follows the convolutions and the first fully connected layer;
     mean, std: of each color channel in the training set, for pixels from 0 to 1.
     """
 
@@ -284,7 +287,8 @@ class CNN(nn.Module):
         )
         self.classifier = nn.Sequential(
             nn.Flatten(),  # (N, 2048)
-            nn.Linear(widths[2] * (size // 8)**2, hidden),  # (N, 256)
+            nn.Linear(widths[2] * (size // 8)**2, hidden, bias=not batch_norm),  # (N, 256)
+            nn.BatchNorm1d(hidden) if batch_norm else nn.Identity(),
             nn.ReLU(inplace=True),
             nn.Dropout(dropout),
             nn.Linear(hidden, classes),  # (N, 10)
@@ -497,6 +501,9 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     columns = 8
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     correct = predicted == data.test.labels
+    # Long names are cut and in a smaller font, so that they do not overlap.
+    names = [name if len(name) < 16 else f"{name[:14]}…" for name in data.classes]
+    size = 8 if max(map(len, names)) < 11 else 6
     figure, axes = common.new_figure(4, columns, (8.3, 6.2), title)
     for axis in axes.flat:
         axis.axis("off")
@@ -507,10 +514,10 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
         sample = others[::max(1, len(others) // columns)]  # zip() below stops after eight of them
         for axis, i in zip(rows.flat, [*surest, *sample]):
             axis.imshow(data.test.images[i])
-            text = f"{data.classes[predicted[i]]} {confidence[i]:.0%}"
+            text = f"{names[predicted[i]]} {confidence[i]:.0%}"
             if not correct[i]:
-                text += f"\ntrue: {data.classes[data.test.labels[i]]}"
-            axis.set_title(common.escape_dollars(text), fontsize=8, color=color)
+                text += f"\ntrue: {names[data.test.labels[i]]}"
+            axis.set_title(common.escape_dollars(text), fontsize=size, color=color)
     common.save_figure(path, figure)
 
 

@@ -475,9 +475,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int
     in all.
     """
     total = args.epochs * steps
-    if total < 100:
+    if total < 300:
         warn(f"with {total} training steps the model may learn little; lower --batch-size, or "
-             "raise --epochs")
+             "raise --epochs and --patience")
 
     def factor(step):
         # The middle of the step, so that neither the first nor the last has a rate of 0.
@@ -654,8 +654,8 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
         images, labels = sets[name]
         keys = contents(images)
         if len(set(keys) - seen) < 2:  # metrics such as a variance need two
-            raise UserError("--data: without copies of images in other sets, fewer than two are "
-                            f"left for the {name} set; add others, or raise --limit")
+            raise UserError(f"--data: fewer than two images are left for the {name} set, not "
+                            "counting copies; add others, or raise --limit if you used it")
         new = []
         for key in keys:
             new.append(key not in seen)
@@ -773,8 +773,13 @@ def check_apart(data: str, *written: str) -> None:
 def image_files(folder: str | Path) -> list:
     """The files below a folder, sorted, without hidden and system files. Links are followed."""
     files = []
+    visited = set()  # so that a link to a folder above it does not lead around in circles
     for base, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: warn(
             f"skipped a folder: {error}")):
+        if os.path.realpath(base) in visited:
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(base))
         # os.walk() visits the folders that are left in this list.
         folders[:] = filter(is_visible, folders)
         files += [os.path.join(base, name) for name in filter(is_visible, names)]

@@ -82,7 +82,7 @@ class Vocabulary:
 
     def __init__(self, tokens: list):
         self.tokens = ["<pad>", "<eos>", "<bos>", "<unk>", *tokens]  # as numbered above
-        # Without the special tokens: a text cannot contain them.
+        # Without the special tokens: in a text, the word "<pad>" is a word like any other.
         self.ids = {token: i for i, token in enumerate(tokens, UNK + 1)}
 
     def encode(self, rows: list, device: torch.device) -> Tensor:
@@ -153,9 +153,11 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    # As few batches as possible, of nearly equal size, and of at most batch_size pairs, or
-    # 2 * WORLD if that is more. Of several batches, each has at least half of this limit, so that
+    # As few batches as possible, of nearly equal size. The limit is batch_size pairs, or 2 * WORLD
+    # if that is more: if there are several batches, each has at least half of the limit, so that
     # every process has a pair.
+    if len(pairs) < common.WORLD:
+        raise common.UserError("there are fewer training pairs than processes")
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
@@ -350,8 +352,8 @@ class Transformer(nn.Module):
 def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
     """Write targets token by token, keeping the `beam` best hypotheses of each source: those with
     the highest mean log-probability of a token. A beam of 1 is greedy decoding. source: int64
-    (N, S) -> the best targets, int64 (N, T), with <pad> after <eos>, and their log-probabilities
-    (the sums, not the means), float (N,).
+    (N, S) -> the best targets found, int64 (N, T), with <pad> after <eos>, and the sums of the
+    log-probabilities of their tokens, float (N,).
     """
     # Each hypothesis has a row: there are N * beam rows, and those of a source are adjacent.
     memory, source_mask = (x.repeat_interleave(beam, dim=0) for x in model.encode(source))
@@ -378,7 +380,7 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         # Keep the best of all continuations of a source, those with the highest mean: the sum would
         # favor short targets. Each is numbered by the hypothesis that it continues and its token:
         # hypothesis * vocabulary_size + token.
-        # A length includes <eos>, or the token added now: <bos> is counted in its place.
+        # The length after this step, with <eos>: <bos> is counted instead of the last token.
         lengths = (tokens > EOS).sum(1, keepdim=True)  # (N * beam, 1)
         chosen = (totals / lengths).view(len(source), -1).topk(beam).indices  # (N, beam)
         # The rows that the new hypotheses continue, and the tokens that they add.
@@ -387,7 +389,7 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         tokens = torch.cat([tokens[rows], newest], dim=1)
         sums = totals[rows].gather(1, newest)
         memory = None  # its keys and values are in the cache
-        # In cross-attention this changes nothing: the rows of a source are equal, as in the mask.
+        # All rows of a source have the same memory and mask, so for those this changes nothing.
         if beam > 1:  # else each row continues itself
             for module, (key, value) in cache.items():
                 cache[module] = key[rows], value[rows]
@@ -435,8 +437,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         "d_ff": args.d_ff,
         "dropout": args.dropout}
     model = Transformer(**options).to(device)
-    # The learning rate changes at each step, so the scheduler needs the steps of an epoch: the
-    # same number with each seed.
+    # The learning rate changes at each step, so the scheduler needs the number of steps in an
+    # epoch, which does not depend on the seed.
     steps = len(similar_length_batches(data.train, args.batch_size, args.seed))
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                   betas=(0.9, 0.98), **common.FUSED)
@@ -474,7 +476,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Faster than the test: greedy decoding (a beam of 1, the default of measure()), autocast.
+        # Faster than in the test: autocast, and greedy decoding (a beam of 1, the default).
         with autocast:
             validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
                                                  device)
@@ -488,6 +490,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         # Saved if this epoch is the best so far, which the validation set alone decides.
         best = {"model": model.state_dict(), "options": options,
                 "tokens": list(data.vocabulary.ids),  # the keys: all but the special tokens
+                "tokens_of_sources": sorted(set().union(*(source for source, _ in data.train))),
                 "source_tokens": args.source_tokens, "target_tokens": args.target_tokens}
         common.save_epoch(folder, args, history, state, best, score)
     return history
@@ -496,15 +499,21 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 # ---------------------------------------------------------------- Evaluation and plots
 
 
+def evaluation_batches(model: Transformer, rows: list) -> list:
+    """Split rows into batches of 100, or of fewer if texts are long, since each takes memory."""
+    size = max(1, min(100, 25000 // len(model.positions)))
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+
 def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
                   device: torch.device, beam: int = 1) -> list:
     """Return a list: for each source, the (target tokens, probability) that the model writes."""
     written = []
-    for start in common.progress_bar(range(0, len(sources), 100), "decoding"):
-        source = vocabulary.encode(sources[start:start + 100], device)
-        target, log_probabilities = beam_search(model, source, beam)
+    for batch in common.progress_bar(evaluation_batches(model, sources), "decoding"):
+        target, log_probabilities = beam_search(model, vocabulary.encode(batch, device), beam)
         rows = map(vocabulary.decode, target.tolist())
-        written += zip(rows, log_probabilities.exp().tolist())
+        # In double precision, since the probability of a long target can be tiny.
+        written += zip(rows, log_probabilities.double().exp().tolist())
     return written
 
 
@@ -533,8 +542,8 @@ def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: tor
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # for batches with little padding
     losses, hits = [], []
-    for start in range(0, len(pairs), 100):
-        sources, targets = zip(*pairs[start:start + 100])
+    for batch in evaluation_batches(model, pairs):
+        sources, targets = zip(*batch)
         target = vocabulary.encode(targets, device)  # (N, T)
         kept = target != PAD
         logits = model(vocabulary.encode(sources, device), shift_right(target))[kept]
@@ -619,7 +628,7 @@ def predict(args: Namespace, device: torch.device) -> None:
     if longest >= len(model.positions):
         raise common.UserError(f"--predict: a text has {longest} tokens, and the model takes up to "
                                f"{len(model.positions) - 1}; shorten it, or train on longer ones")
-    unknown = set().union(*sources).difference(vocabulary.ids)
+    unknown = set().union(*sources).difference(checkpoint["tokens_of_sources"])
     if unknown:
         common.warn(f"never seen in training: {sorted(unknown)[:20]}")
     written = write_targets(model, vocabulary, sources, device, args.beam)

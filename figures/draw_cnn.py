@@ -188,12 +188,12 @@ def model():
         axis.text((start + end) / 2, 0.08, name, ha="center", va="bottom", fontsize=10)
     draw.box(axis, 1.7, -2.05, 3.4, 0.8, "one block: Conv2d 3 × 3,\n"
              "BatchNorm2d, ReLU, MaxPool2d 2 × 2", draw.ORANGE)
-    draw.box(axis, 4.6, -2.05, 0.9, 0.8, "Flatten\n2048", draw.GRAY)
-    draw.box(axis, 6.3, -2.05, 1.5, 0.8, "Linear, ReLU,\n256 units", draw.GREEN)
-    draw.box(axis, 8.1, -2.05, 1.1, 0.8, "Linear:\n10 logits", draw.GREEN)
-    draw.arrow(axis, (7.6, -0.5), (4.6, -1.6))
-    draw.arrow(axis, (5.07, -2.05), (5.53, -2.05))
-    draw.arrow(axis, (7.07, -2.05), (7.53, -2.05))
+    draw.box(axis, 4.3, -2.05, 0.9, 0.8, "Flatten\n2048", draw.GRAY)
+    draw.box(axis, 6.25, -2.05, 2.1, 0.8, "Linear, BatchNorm1d,\nReLU: 256 units", draw.GREEN)
+    draw.box(axis, 8.3, -2.05, 1.1, 0.8, "Linear:\n10 logits", draw.GREEN)
+    draw.arrow(axis, (7.6, -0.5), (4.3, -1.6))
+    draw.arrow(axis, (4.77, -2.05), (5.18, -2.05))
+    draw.arrow(axis, (7.32, -2.05), (7.73, -2.05))
     draw.save(figure, "cnn_model")
 
 

@@ -71,8 +71,10 @@ def test_the_model_is_plain_layers_outputs_and_gradients(batch_norm):
             layers.append(nn.ReLU())
             inputs = outputs
         layers.append(nn.MaxPool2d(2))
-    plain = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 2 * 2, 20), nn.ReLU(),
-                          nn.Linear(20, 7)).double()
+    layers += [nn.Flatten(), nn.Linear(8 * 2 * 2, 20, bias=not batch_norm)]
+    if batch_norm:
+        layers.append(nn.BatchNorm1d(20))
+    plain = nn.Sequential(*layers, nn.ReLU(), nn.Linear(20, 7)).double()
     for parameter, same in zip(model.parameters(), plain.parameters()):
         nn.init.normal_(parameter, std=0.3)
         same.data.copy_(parameter.data)

@@ -33,14 +33,14 @@ def test_learning_rate_rises_linearly_and_falls_along_a_cosine():
 def test_scheduler_follows_the_schedule_step_by_step():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
     args = Namespace(epochs=5, warmup=0.2)
-    scheduler = common.make_scheduler(optimizer, args, steps=20)
-    for step in range(100):
-        expected = 3.0 * common.warmup_cosine((step + 0.5) / 100, 0.2)
+    scheduler = common.make_scheduler(optimizer, args, steps=60)
+    for step in range(300):
+        expected = 3.0 * common.warmup_cosine((step + 0.5) / 300, 0.2)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
-    with pytest.warns(UserWarning, match="with 95 training steps the model may learn little"):
-        common.make_scheduler(optimizer, args, steps=19)
+    with pytest.warns(UserWarning, match="with 295 training steps the model may learn little"):
+        common.make_scheduler(optimizer, args, steps=59)
 
 
 def history(*accuracies):
@@ -527,6 +527,8 @@ def test_hidden_files_are_left_out_and_links_are_followed(tmp_path):
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "3.png").write_bytes(b"")
     (tmp_path / "photos" / "c").symlink_to(str(tmp_path / "more"))
+    for name in ("up", "back"):  # links that lead around in circles
+        (tmp_path / "photos" / name).symlink_to(str(tmp_path / "photos"))
     files = common.image_files(str(tmp_path / "photos"))
     assert sorted(Path(file).name for file in files) == ["1.png", "2.png", "3.png"]
 
@@ -551,10 +553,10 @@ def test_no_image_is_in_two_sets():
     assert len(values["test"]) == len(values["val"]) == 6
     given = {"train": (images[:60], labels[:60]), "test": (images[50:70], labels[50:70])}
     common.make_disjoint_sets(given, seed=0)
-    with pytest.raises(common.UserError, match="fewer than two are left for"):
+    with pytest.raises(common.UserError, match="fewer than two images are left for"):
         common.make_disjoint_sets({"train": (images, labels), "test": (images, labels),
                                    "val": (images, labels)}, seed=0)
-    with pytest.raises(common.UserError, match="fewer than two are left for"):
+    with pytest.raises(common.UserError, match="fewer than two images are left for"):
         # Three images, each twice: one for each set.
         common.make_disjoint_sets({"train": (images[:3].repeat(2, 1, 1, 1), labels[:6])}, seed=0)
     assert len(given["test"][0]) == 20 and len(given["train"][0]) + len(given["val"][0]) == 40

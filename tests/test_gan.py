@@ -228,7 +228,9 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path, monkeypatch):
     write_images(images / "samples", 3)  # the user's own
     done = run("gan.py", "--data", "synthetic", "--limit", 1000, "--epochs", 6, "--width", 8,
                "--batch-size", 32, "--lr", 0.002, "--ema", 0.9, "--device", "cpu")
-    assert done.stderr == "" and done.stdout.endswith("python gan.py --out runs/gan --sample 100\n")
+    assert done.stdout.endswith("python gan.py --out runs/gan --sample 100\n")
+    assert done.stderr.startswith("warning: with 150 training steps the model may learn little")
+    assert done.stderr.count("\n") == 1
     out = tmp_path / "runs" / "gan"
     frechet = [float(row["frechet"]) for row in csv.DictReader((out / "history.csv").open())]
     assert len(frechet) == 6 and min(frechet) < 0.5 * frechet[0]
@@ -315,8 +317,8 @@ def test_resume_refuses_other_images_to_evaluate_on(run, tmp_path, monkeypatch):
                       "--out"),
     (["--size", 30], "--size must be a multiple of 4"),
     (["--data", "nowhere"], "--data nowhere: neither a folder nor a data set (see --help)"),
-    (["--data", "same"], "--data: without copies of images in other sets, fewer than two are left "
-                         "for the test set; add others, or raise --limit"),
+    (["--data", "same"], "--data: fewer than two images are left for the test set, not counting "
+                         "copies; add others, or raise --limit if you used it"),
     (["--data", "."], "--data . and runs/gan, where the run writes, must be apart"),
     (["--data", "images"], "--data images and images, where the run writes, must be apart"),
     (["--data", "same", "--out", "same/out"],

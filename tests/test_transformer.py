@@ -270,6 +270,16 @@ def test_batches_hold_every_pair_once_with_others_of_its_length(monkeypatch):
         shares.append(transformer.similar_length_batches(pairs, 16, 0, 1))
     for batch, *parts in zip(batches, *shares):
         assert sorted(batch) == sorted(i for part in parts for i in part)
+    with pytest.raises(common.UserError, match="fewer training pairs than processes"):
+        transformer.similar_length_batches(pairs[:2], 16, 0, 1)
+
+
+def test_long_texts_are_evaluated_in_smaller_batches():
+    rows = list(range(250))
+    for max_length, size in ((41, 100), (501, 49), (99999, 1)):
+        model = Transformer(8, max_length, d_model=4, heads=1, layers=1, d_ff=4)
+        batches = transformer.evaluation_batches(model, rows)
+        assert sum(batches, []) == rows and max(map(len, batches)) == size
 
 
 def test_vocabulary_keeps_its_own_tokens_apart_from_the_texts():
@@ -418,6 +428,13 @@ def test_predict_answers_each_text_in_a_line(trained, run):
     assert all(0 < float(probability) <= 1 for _, _, probability in lines)
     assert warnings.count("warning") == 1 and "never seen in training" in warnings
     assert "ü" in warnings
+
+
+def test_predict_names_tokens_that_only_targets_have(run, tmp_path):
+    path = write(tmp_path / "pairs.csv",
+                 "source,target\n" + "".join(f"{i},X{i}\n" for i in range(100, 120)))
+    run("transformer.py", *TINY, "--data", path, "--epochs", 1)
+    assert "never seen in training: ['X']" in run("transformer.py", "--predict", "X0").stderr
 
 
 def test_predict_reads_lines_whatever_they_are_batched_with(trained, run):

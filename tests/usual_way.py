@@ -54,8 +54,8 @@ def cnn(images, labels):
         layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.BatchNorm2d(outputs), nn.ReLU(),
                    nn.MaxPool2d(2)]
         inputs = outputs
-    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 256), nn.ReLU(), nn.Dropout(0.2),
-                          nn.Linear(256, 10))
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(2048, 256), nn.BatchNorm1d(256),
+                          nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 10))
     data = Images(images, labels, transforms.RandomCrop(32, padding=3, padding_mode="reflect"),
                   transforms.RandomHorizontalFlip())
     loader = DataLoader(data, 128, shuffle=True, num_workers=2, persistent_workers=True)
