@@ -501,9 +501,7 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
     columns = 8
     confidence, predicted = F.softmax(logits, dim=1).max(1)
     correct = predicted == data.test.labels
-    # Long names are cut and in a smaller font, so that they do not overlap.
-    names = [name if len(name) < 16 else f"{name[:14]}…" for name in data.classes]
-    size = 8 if max(map(len, names)) < 11 else 6
+    font_size = 8 if max(map(len, data.classes)) < 11 else 6  # so that texts do not overlap
     figure, axes = common.new_figure(4, columns, (8.3, 6.2), title)
     for axis in axes.flat:
         axis.axis("off")
@@ -514,10 +512,10 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
         sample = others[::max(1, len(others) // columns)]  # zip() below stops after eight of them
         for axis, i in zip(rows.flat, [*surest, *sample]):
             axis.imshow(data.test.images[i])
-            text = f"{names[predicted[i]]} {confidence[i]:.0%}"
+            text = f"{data.classes[predicted[i]]} {confidence[i]:.0%}"
             if not correct[i]:
-                text += f"\ntrue: {names[data.test.labels[i]]}"
-            axis.set_title(common.escape_dollars(text), fontsize=size, color=color)
+                text += f"\ntrue: {data.classes[data.test.labels[i]]}"
+            axis.set_title(common.escape_dollars(text), fontsize=font_size, color=color)
     common.save_figure(path, figure)
 
 

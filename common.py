@@ -470,12 +470,13 @@ def warmup_cosine(progress: float, warmup: float) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * done)
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> Any:
-    """A scheduler that follows warmup_cosine(), with `steps` steps an epoch. Warns if there are few
-    in all.
+def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int,
+                   few: int = 200) -> Any:
+    """A scheduler that follows warmup_cosine(), with `steps` steps an epoch. Warns if there are
+    fewer than `few` in all.
     """
     total = args.epochs * steps
-    if total < 300:
+    if total < few:
         warn(f"with {total} training steps the model may learn little; lower --batch-size, or "
              "raise --epochs and --patience")
 
@@ -767,7 +768,8 @@ def check_apart(data: str, *written: str) -> None:
     for name in written:
         folder = Path(name).resolve()
         if source == folder or source in folder.parents or folder in source.parents:
-            raise UserError(f"--data {data} and {name}, where the run writes, must be apart")
+            raise UserError(f"--data {data} and {name}, where the run writes, must be apart; "
+                            "choose another --out")
 
 
 def image_files(folder: str | Path) -> list:

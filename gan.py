@@ -67,8 +67,9 @@ def synthetic_digits(count: int, seed: int) -> tuple:
 
 
 def load_folder(args: Namespace) -> tuple:
-    """Return the images in a folder and its subfolders, uint8 (N, size, size, 3), in random order,
-    and labels that are all 0. At most --limit files are read.
+    """Return the images in a folder and its subfolders, uint8 (N, size, size, channels), in random
+    order, and labels that are all 0. At most --limit files are read. If all are gray, there is one
+    channel, else three.
     """
     if not Path(args.data).is_dir():
         raise common.UserError(f"--data {args.data}: neither a folder nor a data set (see --help)")
@@ -76,6 +77,8 @@ def load_folder(args: Namespace) -> tuple:
     paths = common.image_files(args.data)
     np.random.default_rng(args.seed).shuffle(paths)  # they are sorted, often by class
     images, _ = common.read_images(paths[:args.limit], args.size)
+    if (images == images[..., :1]).all():  # a gray image has three equal channels
+        images = images[..., :1].contiguous()
     return images, torch.zeros(len(images))
 
 
@@ -270,8 +273,8 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     steps = len(common.shuffled_batches(len(images), args.batch_size))
     optimizer_d = make_optimizer(discriminator, args)
     optimizer_g = make_optimizer(generator, args)
-    scheduler_d = common.make_scheduler(optimizer_d, args, steps)
-    scheduler_g = common.make_scheduler(optimizer_g, args, steps)
+    scheduler_d = common.make_scheduler(optimizer_d, args, steps, few=2000)
+    scheduler_g = common.make_scheduler(optimizer_g, args, steps, few=0)  # one warning is enough
     state = {"generator": generator, "discriminator": discriminator, "optimizer_g": optimizer_g,
              "optimizer_d": optimizer_d, "scheduler_g": scheduler_g, "scheduler_d": scheduler_d,
              "generator_ema": generator_ema}
@@ -451,7 +454,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
     # The metrics of training images are about the best to expect. A generator's distance is larger;
-    # its coverage is smaller, so here "floor" means ceiling; its density may be either.
+    # its coverage is smaller, so there the floor is a ceiling; its density may be larger or smaller.
     floor = measure(real_features, data.train[:len(real)])
     test.update({f"{name}_floor": value for name, value in floor.items()})
     test["best_epoch"] = max(history, key=score)["epoch"]

@@ -91,7 +91,7 @@ def tokenize(texts: list, tokens: str) -> list:
     punctuation marks ("words").
 
     Texts of more than LONGEST tokens are cut, with a warning. Characters are the better choice for
-    scripts that write no spaces between words, or vowels and accents as separate signs.
+    scripts without spaces between words, or with vowels or accents as separate signs.
     """
     sequences = texts
     if tokens == "words":
@@ -135,13 +135,13 @@ def describe_classes(labels: list, training: list) -> list:
     """
     counts = Counter(labels)
     classes = sorted(counts)
-    print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes))
+    print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes[:100]))
     if len(classes) < 2:
         raise common.UserError(f"--data: at least two classes are needed; all are {classes[0]}")
     missing = sorted(set(classes) - {labels[i] for i in training})
     if missing:
         raise common.UserError("--data: at least three different texts of each class are needed; "
-                               f"there are too few of {', '.join(missing)}")
+                               f"there are too few of {', '.join(missing[:20])}")
     return classes
 
 
@@ -327,9 +327,7 @@ class RNNClassifier(nn.Module):
         # would be noise that the layers memorize.
         nn.init.normal_(self.embedding.weight, std=0.1)
         self.layers = make_layers(hidden, dropout, **recurrent)
-        # With PyTorch's default momentum, 0.1, nearly half of the initial running statistics would
-        # be left after 7 steps, and training on a small data set has few steps.
-        self.batch_norm = nn.BatchNorm1d(hidden, momentum=0.5)
+        self.batch_norm = nn.BatchNorm1d(hidden)  # train() sets its momentum
         self.dropout = nn.Dropout(dropout)
         self.output = nn.Linear(hidden, answers)
 
@@ -416,6 +414,11 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
                "hidden": args.hidden, "dropout": args.dropout, "cell": cell,
                "backend": args.backend, "layers": args.layers, "chrono_max": args.chrono_max}
     model = MODELS[data.task](**options).to(device)
+    if data.task == "classify":
+        # The running statistics average over about 2 / momentum batches, here over 4 batches or
+        # 128 texts, whichever is more: long enough for a good estimate, but not so long that the
+        # initial statistics still count at the end of the few steps of a small data set.
+        model.batch_norm.momentum = min(0.5, args.batch_size / common.WORLD / 64)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
                                   **common.FUSED)
     steps = len(epoch_batches(data, args, 0))

@@ -203,6 +203,15 @@ def test_folders_of_another_structure_are_refused(photos, folders, message):
         load("--out", "photos/runs")
 
 
+def test_a_set_without_files_is_named(photos):
+    for name in ("train/cat", "train/dog"):
+        photos(name, 10)
+    for name in ("val/cat", "val/dog"):
+        photos(name, 0)
+    with pytest.raises(common.UserError, match="^--data photos: there are no files in photos/val$"):
+        load()
+
+
 def test_a_class_that_shows_nothing_is_a_warning_and_an_empty_one_an_error(photos):
     photos("train/dark", 0)
     photos("train/noise", 30)

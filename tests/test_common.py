@@ -33,14 +33,14 @@ def test_learning_rate_rises_linearly_and_falls_along_a_cosine():
 def test_scheduler_follows_the_schedule_step_by_step():
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3.0)
     args = Namespace(epochs=5, warmup=0.2)
-    scheduler = common.make_scheduler(optimizer, args, steps=60)
-    for step in range(300):
-        expected = 3.0 * common.warmup_cosine((step + 0.5) / 300, 0.2)
+    scheduler = common.make_scheduler(optimizer, args, steps=40)
+    for step in range(200):
+        expected = 3.0 * common.warmup_cosine((step + 0.5) / 200, 0.2)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
-    with pytest.warns(UserWarning, match="with 295 training steps the model may learn little"):
-        common.make_scheduler(optimizer, args, steps=59)
+    with pytest.warns(UserWarning, match="with 195 training steps the model may learn little"):
+        common.make_scheduler(optimizer, args, steps=39)
 
 
 def history(*accuracies):

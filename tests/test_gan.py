@@ -69,6 +69,18 @@ def test_a_folder_of_any_layout(tmp_path, monkeypatch):
     assert data.train.shape == (88, 32, 32, 3)
 
 
+def test_gray_images_have_one_channel(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gray").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(30):  # some stored as gray images, some in color
+        pixels = Image.fromarray(rng.integers(0, 256, (16, 16)).astype(np.uint8))
+        pixels.convert("L" if i % 2 else "RGB").save(str(tmp_path / "gray" / f"{i}.png"))
+    assert gan.load_data(parse("--data", "gray", "--size", 16)).train.shape == (24, 16, 16, 1)
+    write_images(tmp_path / "gray" / "color", 1)
+    assert gan.load_data(parse("--data", "gray", "--size", 16)).train.shape[3] == 3
+
+
 def test_copies_of_an_image_are_in_one_set(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in "abc":
@@ -319,10 +331,12 @@ def test_resume_refuses_other_images_to_evaluate_on(run, tmp_path, monkeypatch):
     (["--data", "nowhere"], "--data nowhere: neither a folder nor a data set (see --help)"),
     (["--data", "same"], "--data: fewer than two images are left for the test set, not counting "
                          "copies; add others, or raise --limit if you used it"),
-    (["--data", "."], "--data . and runs/gan, where the run writes, must be apart"),
-    (["--data", "images"], "--data images and images, where the run writes, must be apart"),
+    (["--data", "."], "--data . and runs/gan, where the run writes, must be apart; "
+                       "choose another --out"),
+    (["--data", "images"], "--data images and images, where the run writes, must be apart; "
+                            "choose another --out"),
     (["--data", "same", "--out", "same/out"],
-     "--data same and same/out, where the run writes, must be apart"),
+     "--data same and same/out, where the run writes, must be apart; choose another --out"),
 ])
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)

@@ -337,6 +337,19 @@ def test_gradient_norms_are_those_of_a_loop_over_the_steps(cell, states):
     assert torch.allclose(rnn.gradient_norms(model, batch), expected)
 
 
+@pytest.mark.parametrize("batch_size, momentum", [(128, 0.5), (8, 0.125)])
+def test_running_statistics_average_over_enough_texts(tmp_path, monkeypatch, batch_size, momentum):
+    made = []
+
+    def make(**options):
+        made.append(rnn.RNNClassifier(**options))
+        return made[-1]
+    monkeypatch.setitem(rnn.MODELS, "classify", make)
+    args = rnn.build_parser().parse_args(list(map(str, [*SMALL, "--batch-size", batch_size])))
+    rnn.train(args, rnn.load_data(args, "classify"), "gru", tmp_path / "run", torch.device("cpu"))
+    assert made[0].batch_norm.momentum == momentum
+
+
 def test_a_loss_that_is_not_finite_ends_the_run_in_one_line(run):
     done = run("rnn.py", *SMALL, "--lr", 1e9, "--weight-decay", 1e9, "--clip", "inf", "--tasks",
                "classify", status=2)
