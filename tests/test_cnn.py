@@ -121,6 +121,12 @@ def test_calibration_error_worked_out_by_hand():
     assert cnn.calibration_error(probabilities.log(), labels, 10) == pytest.approx(expected)
 
 
+def test_the_last_epoch_of_the_highest_accuracy_is_the_best():
+    history = [{"epoch": epoch, "validation_accuracy": accuracy}
+               for epoch, accuracy in enumerate((0.5, 0.7, 0.7, 0.6), start=1)]
+    assert [common.epochs_since_best(history[:n], cnn.score) for n in (2, 3, 4)] == [0, 0, 1]
+
+
 def test_flips_are_averaged():
     model = cnn.CNN(widths=(4, 4, 4))
     nn.init.normal_(model.classifier[-1].weight)
