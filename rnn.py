@@ -135,7 +135,8 @@ def describe_classes(labels: list, training: list) -> list:
     """
     counts = Counter(labels)
     classes = sorted(counts)
-    print("classes:", ", ".join(f"{name} {counts[name]:,}" for name in classes[:100]))
+    shown = [f"{name} {counts[name]:,}" for name in classes[:100]]
+    print(f"{len(classes)} classes:", ", ".join(shown))
     if len(classes) < 2:
         raise common.UserError(f"--data: at least two classes are needed; all are {classes[0]}")
     missing = sorted(set(classes) - {labels[i] for i in training})

@@ -153,11 +153,11 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    if len(pairs) < common.WORLD:
+        raise common.UserError("there are fewer training pairs than processes")
     # As few batches as possible, of nearly equal size. The limit is batch_size pairs, or 2 * WORLD
     # if that is more: if there are several batches, each has at least half of the limit, so that
     # every process has a pair.
-    if len(pairs) < common.WORLD:
-        raise common.UserError("there are fewer training pairs than processes")
     steps = math.ceil(len(pairs) / max(batch_size, 2 * common.WORLD))
     batches = np.array_split(order, steps)
     rng.shuffle(batches)
