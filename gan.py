@@ -453,8 +453,8 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     real = data.test[:len(data.train)]
     real_features = random_features(real)
     test = measure(real_features, samples[:len(real)])
-    # The metrics of training images are about the best to expect. A generator's distance is larger;
-    # its coverage is smaller, so there the floor is a ceiling; its density may be either.
+    # The metrics of training images, called the floor, are about the best to expect: a generator's
+    # distance is larger and its coverage smaller. Only its density may be larger or smaller.
     floor = measure(real_features, data.train[:len(real)])
     test.update({f"{name}_floor": value for name, value in floor.items()})
     test["best_epoch"] = max(history, key=score)["epoch"]
