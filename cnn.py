@@ -329,8 +329,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Ten
 
 
 def score(row: dict) -> tuple:
-    """Return what epochs are compared by: validation accuracy. With few images, several epochs have
-    the same: of these, the last is the best, since the learning rate is the lowest.
+    """Return what epochs are compared by: validation accuracy. If it is equal, which is common with
+    few images, the later epoch is the better one, since its learning rate is lower.
     """
     return row["validation_accuracy"], row["epoch"]
 

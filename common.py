@@ -778,10 +778,11 @@ def image_files(folder: str | Path) -> list:
     visited = set()  # so that a link to a folder above it does not lead around in circles
     for base, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: warn(
             f"skipped a folder: {error}")):
-        if os.path.realpath(base) in visited:
+        real = os.path.realpath(base)
+        if real in visited:
             folders.clear()
             continue
-        visited.add(os.path.realpath(base))
+        visited.add(real)
         # os.walk() visits the folders that are left in this list.
         folders[:] = filter(is_visible, folders)
         files += [os.path.join(base, name) for name in filter(is_visible, names)]

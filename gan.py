@@ -274,7 +274,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     optimizer_d = make_optimizer(discriminator, args)
     optimizer_g = make_optimizer(generator, args)
     scheduler_d = common.make_scheduler(optimizer_d, args, steps, few=2000)
-    scheduler_g = common.make_scheduler(optimizer_g, args, steps, few=0)  # one warning is enough
+    scheduler_g = common.make_scheduler(optimizer_g, args, steps, few=2000)
     state = {"generator": generator, "discriminator": discriminator, "optimizer_g": optimizer_g,
              "optimizer_d": optimizer_d, "scheduler_g": scheduler_g, "scheduler_d": scheduler_d,
              "generator_ema": generator_ema}

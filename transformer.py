@@ -490,6 +490,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
         # Saved if this epoch is the best so far, which the validation set alone decides.
         best = {"model": model.state_dict(), "options": options,
                 "tokens": list(data.vocabulary.ids),  # the keys: all but the special tokens
+                # predict() warns of others.
                 "tokens_of_sources": sorted(set().union(*(source for source, _ in data.train))),
                 "source_tokens": args.source_tokens, "target_tokens": args.target_tokens}
         common.save_epoch(folder, args, history, state, best, score)
@@ -500,7 +501,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 
 def evaluation_batches(model: Transformer, rows: list) -> list:
-    """Split rows into batches of 100, or of fewer if texts are long, since each takes memory."""
+    """Split rows into batches of 100 or, if texts may be long, of about 25,000 tokens in all, to
+    limit the memory.
+    """
     size = max(1, min(100, 25000 // len(model.positions)))
     return [rows[start:start + size] for start in range(0, len(rows), size)]
 
