@@ -380,7 +380,8 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         # Keep the best of all continuations of a source, those with the highest mean: the sum would
         # favor short targets. Each is numbered by the hypothesis that it continues and its token:
         # hypothesis * vocabulary_size + token.
-        # The length after this step, with <eos>: <bos> is counted instead of the last token.
+        # The length after this step: <bos> is counted in place of the token that will be added or,
+        # once the hypothesis has ended, of <eos>.
         lengths = (tokens > EOS).sum(1, keepdim=True)  # (N * beam, 1)
         chosen = (totals / lengths).view(len(source), -1).topk(beam).indices  # (N, beam)
         # The rows that the new hypotheses continue, and the tokens that they add.
@@ -389,7 +390,8 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         tokens = torch.cat([tokens[rows], newest], dim=1)
         sums = totals[rows].gather(1, newest)
         memory = None  # its keys and values are in the cache
-        # All rows of a source have the same memory and mask, so for those this changes nothing.
+        # The keys and values follow their hypotheses. Those of cross-attention are the same in all
+        # rows of a source, so for them this changes nothing.
         if beam > 1:  # else each row continues itself
             for module, (key, value) in cache.items():
                 cache[module] = key[rows], value[rows]
@@ -515,8 +517,8 @@ def write_targets(model: Transformer, vocabulary: Vocabulary, sources: list,
     for batch in common.progress_bar(evaluation_batches(model, sources), "decoding"):
         target, log_probabilities = beam_search(model, vocabulary.encode(batch, device), beam)
         rows = map(vocabulary.decode, target.tolist())
-        # In double precision, since the probability of a long target can be tiny.
-        written += zip(rows, log_probabilities.double().exp().tolist())
+        # math.exp() is in double precision: the probability of a long target can be tiny.
+        written += zip(rows, map(math.exp, log_probabilities.tolist()))
     return written
 
 
