@@ -6,7 +6,7 @@
 
 Plots and checkpoints go to runs/gan, generated images to images/, where a later run overwrites
 those of the same name. With another --out, all of it goes there, the images to its subfolder
-images. The default of --epochs is 60, or fewer with more than about 9,000 training images. gan.md
+images. The default of --epochs is 60, or fewer with more than about 4,500 training images. gan.md
 explains every part.
 """
 
@@ -137,7 +137,7 @@ class Generator(nn.Module):
     size: a multiple of 4; width: the number of channels at half the image's size.
     """
 
-    def __init__(self, size: int = 28, channels: int = 1, latent: int = 100, width: int = 64):
+    def __init__(self, size: int = 28, channels: int = 1, latent: int = 32, width: int = 64):
         super().__init__()
         self.latent = latent
         side = size // 8
@@ -302,13 +302,14 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                 real_logits = ddp_discriminator(real)
                 fake_logits = ddp_discriminator(fake.detach())  # no gradient for the generator
             loss_d = discriminator_loss(real_logits.float(), fake_logits.float())
-            penalty = 0
+            penalty, limit = 0, args.clip
             if args.r1 and step % PENALTY_EVERY == 0:
                 # Without autocast, and never compiled: torch.compile() has no second derivatives.
                 penalty = PENALTY_EVERY * args.r1 / 2 * gradient_penalty(discriminator, real)
+                limit *= PENALTY_EVERY  # or clipping would weaken the penalty
             optimizer_d.zero_grad()
             (loss_d + penalty).backward()
-            norm_d = common.clip_gradients(discriminator, args.clip)
+            norm_d = common.clip_gradients(discriminator, limit)
             optimizer_d.step()
 
             # (2) Generator: maximize log D(G(z)), with the discriminator as it is now.
@@ -336,7 +337,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                 "fake_accuracy": (fake_logits < 0).float().mean(),
                 "discriminator_gradient_norm": norm_d,
                 "generator_gradient_norm": norm_g,
-                "discriminator_clipped": norm_d > args.clip,
+                "discriminator_clipped": norm_d > limit,
                 "generator_clipped": norm_g > args.clip})
 
         def validate():
@@ -571,7 +572,7 @@ def write_samples(args: Namespace, device: torch.device) -> None:
 
 
 def build_parser() -> common.ArgumentParser:
-    parser = common.option_parser("gan.py", __doc__, out="runs/gan", epochs=None, batch_size=64,
+    parser = common.option_parser("gan.py", __doc__, out="runs/gan", epochs=None, batch_size=16,
                                   lr=5e-4, warmup=0.0, weight_decay=0.0, clip=10.0, patience=30)
     count = common.number(int, 1)
     decay = common.number(float, 0, 0.9999)
@@ -583,7 +584,7 @@ def build_parser() -> common.ArgumentParser:
     add("--limit", type=common.number(int, 100),
         help="use LIMIT training images (of a folder: files); missing val/test sets come from "
              "them")
-    add("--latent", type=count, default=100, help="length of the latent vector")
+    add("--latent", type=count, default=32, help="length of the latent vector")
     add("--width", type=count, default=64, help="channels at half the image's size")
     add("--beta1", type=decay, default=0.5, help="AdamW's beta1: decay of the mean gradient")
     add("--r1", type=common.number(float, 0), default=0.2,
@@ -603,8 +604,8 @@ def main() -> None:
         return
     data = load_data(args)
     args.checksum = zlib.crc32(torch.cat(data).numpy())  # load_last() refuses other data
-    # As many epochs as it takes to see about 540,000 images, but at most 60.
-    args.epochs = args.epochs or min(60, max(1, round(540_000 / len(data.train))))
+    # As many epochs as it takes to see about 270,000 images, but at most 60.
+    args.epochs = args.epochs or min(60, max(1, round(270_000 / len(data.train))))
     common.describe_sets(args.data, device, *data)
     with common.run_folder(args) as folder:
         history = train(args, data, folder, device)

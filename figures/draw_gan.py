@@ -49,7 +49,7 @@ def model():
     """From a latent vector to an image, and from an image to a logit."""
     figure, axis = draw.new(8.3, 2.3)
     draw.box(axis, 0.1, 0, 0.5, 0.4, "z", draw.GRAY)
-    text(axis, 0.1, -0.85, "latent\n100")
+    text(axis, 0.1, -0.85, "latent\n32")
     stack(axis, 1.0, 0.14, 9, draw.BLUE, "256 ×\n3 × 3")
     stack(axis, 2.1, 0.28, 6, draw.BLUE, "128 ×\n7 × 7")
     stack(axis, 3.2, 0.5, 3, draw.BLUE, "64 ×\n14 × 14")
@@ -272,7 +272,7 @@ def modes():
 # ---------------------------------------------------------------- A run
 
 
-def strip(folder, epochs=(1, 2, 5, 10, 20, 60)):
+def strip(folder, epochs=(1, 2, 5, 10, 20, 30)):
     """The first eight samples of some epochs, a row each: a column is one latent vector."""
     paths = {epoch: Path(folder, f"epoch_{epoch:03}.png") for epoch in epochs}
     found = [(epoch, path) for epoch, path in paths.items() if path.exists()]

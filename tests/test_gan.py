@@ -138,7 +138,7 @@ def test_gradients_are_those_of_double_precision():
     """In PyTorch 2.0 transposed convolutions in channels-last memory have wrong gradients."""
     model = nn.Sequential(gan.Generator(channels=3, width=16), gan.Discriminator(28, 3, 16))
     reference = copy.deepcopy(model).double()
-    latent = torch.randn(32, 100)
+    latent = torch.randn(32, 32)
     gan.generator_loss(model(latent)).backward()
     gan.generator_loss(reference(latent.double())).backward()
     for single, double in zip(model.parameters(), reference.parameters()):
@@ -161,6 +161,23 @@ def test_the_gradient_penalty_of_a_linear_discriminator_is_its_squared_norm():
     assert torch.allclose(penalty, weight.pow(2).sum())
     penalty.backward()
     assert torch.allclose(weight.grad, 2 * weight)
+
+
+@pytest.mark.filterwarnings("ignore:with .* training steps")
+def test_the_limit_of_a_gradient_with_the_penalty_is_16_times_as_high(tmp_path, monkeypatch):
+    limits = []
+    clip = common.clip_gradients
+
+    def record(model, max_norm):
+        if isinstance(model, gan.Discriminator):
+            limits.append(max_norm)
+        return clip(model, max_norm)
+    monkeypatch.setattr(common, "clip_gradients", record)
+    args = parse(*TINY, "--epochs", 1, "--batch-size", 16, "--out", tmp_path)
+    args.checksum = 0
+    images, _ = gan.synthetic_digits(300, seed=0)
+    gan.train(args, gan.Dataset(images, images[:50], images[:50]), tmp_path, CPU)
+    assert limits == [160, *[10] * 15, 160, 10]
 
 
 def test_the_average_moves_by_one_minus_decay():
@@ -257,7 +274,7 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path, monkeypatch):
     assert printed == [f"images/samples/0000{i}.png" for i in range(4)]
     drawn = [np.array(Image.open(tmp_path / name)) for name in printed]
     generator = gan.load_generator(out / "best.pt", CPU)
-    expected = gan.generate(generator, gan.latent_vectors(4, 100, seed=2 * 10**9))
+    expected = gan.generate(generator, gan.latent_vectors(4, 32, seed=2 * 10**9))
     assert np.array_equal(drawn, expected[..., 0])
     assert len(list((images / "samples").iterdir())) == 4 + 3
 
@@ -353,5 +370,5 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, options, message):
 def test_a_run_that_diverges_ends_with_the_reason(run):
     warning, error = run("gan.py", *TINY, "--lr", 1e30, "--clip", "inf",
                          status=2).stderr.splitlines()
-    assert warning.startswith("warning: with 420 training steps the model may learn little")
+    assert warning.startswith("warning: with 1680 training steps the model may learn little")
     assert error.startswith("gan.py: error: the loss or its gradient is not finite;")

@@ -68,7 +68,7 @@ def gan(images, labels):
     """The networks of gan.py in the default memory format, trained as in examples/dcgan."""
     generator = ours.Generator()
     discriminator = ours.Discriminator().to(memory_format=torch.contiguous_format)
-    loader = DataLoader(Images(images, labels), 64, shuffle=True, num_workers=2,
+    loader = DataLoader(Images(images, labels), 16, shuffle=True, num_workers=2,
                         persistent_workers=True)
     optimizer_d, optimizer_g = (
         torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
@@ -80,7 +80,7 @@ def gan(images, labels):
             ones, zeros = torch.ones(len(real)), torch.zeros(len(real))
             optimizer_d.zero_grad()
             criterion(discriminator(real), ones).backward()
-            fake = generator(torch.randn(len(real), 100))
+            fake = generator(torch.randn(len(real), generator.latent))
             criterion(discriminator(fake.detach()), zeros).backward()
             optimizer_d.step()
             optimizer_g.zero_grad()
