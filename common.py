@@ -477,8 +477,8 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int
     """
     total = args.epochs * steps
     if total < few:
-        warn(f"with {total} training steps the model may learn little; lower --batch-size, or "
-             "raise --epochs and --patience")
+        warn(f"with {total} training steps the model may learn little; raise --epochs and "
+             "--patience, or lower --batch-size")
 
     def factor(step):
         # The middle of the step, so that neither the first nor the last has a rate of 0.

@@ -140,6 +140,7 @@ class Generator(nn.Module):
     def __init__(self, size: int = 28, channels: int = 1, latent: int = 32, width: int = 64):
         super().__init__()
         self.latent = latent
+        self.size = size
         side = size // 8
         # Transposed convolutions with kernel 4, stride 2 and padding 1 double the size. Batch norm
         # adds a bias of its own, so the layer before it needs none. Shapes on the right are for
@@ -376,8 +377,9 @@ def generate(generator: Generator, z: Tensor) -> Tensor:
     """
     generator.eval()
     device = generator.layers[0].weight.device
+    batch_size = max(1, 500 * 28**2 // generator.size**2)  # fewer large images, to limit the memory
     images = torch.cat([(generator(batch.to(device)) * 127.5 + 127.5).round().byte().cpu()
-                        for batch in z.split(500)])
+                        for batch in z.split(batch_size)])
     return images.permute(0, 2, 3, 1)  # undoes to_float()
 
 
@@ -392,7 +394,7 @@ def random_features(images: Tensor) -> Tensor:
         # Keeps the variance. He et al., 2015.
         weights.append(weight * math.sqrt(2 / weight[0].numel()))
     features = []
-    for batch in images.split(500):
+    for batch in images.split(max(1, 500 * 28**2 // images.shape[1]**2)):
         x = to_float(batch)
         means = []
         for weight in weights:

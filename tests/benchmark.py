@@ -37,7 +37,7 @@ import transformer  # noqa: E402
 
 CPU = torch.device("cpu")
 # Of an epoch; of sequences a fifth of them is not for training.
-EXAMPLES = {"cnn": 100 * 128, "gan": 60 * 64, "rnn": 4000, "transformer": 160 * 64}
+EXAMPLES = {"cnn": 100 * 128, "gan": 240 * 16, "rnn": 4000, "transformer": 160 * 64}
 FEW = 64  # examples to validate on, which takes no time
 
 

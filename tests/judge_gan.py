@@ -68,15 +68,13 @@ def main():
     parser.add_argument("--data-dir", default="data")
     parser.add_argument("--out", default="runs/gan")
     parser.add_argument("--samples", type=int, default=10000)
-    parser.add_argument("--scale", type=float, default=1.0, help="factor of the latent vectors")
     args = parser.parse_args()
     sets, classes = common.load_torchvision(gan.TORCHVISION[args.data], args.data_dir)
     images, labels = sets["train"]
     test, test_labels = sets["test"]
     model = train_classifier(enlarge(images), labels)
     generator = gan.load_generator(Path(args.out, "best.pt"), CPU)
-    latent = args.scale * gan.latent_vectors(args.samples, generator.latent, seed=1)
-    fake = gan.generate(generator, latent)
+    fake = gan.generate(generator, gan.latent_vectors(args.samples, generator.latent, seed=1))
     predicted = report(model, classes, "real test images", test)
     print(f"  accuracy {(predicted == test_labels).float().mean():.2%}")
     report(model, classes, "generated images", fake)

@@ -51,8 +51,17 @@ def test_bytes_become_floats_and_floats_bytes():
     assert floats.shape == (1, 1, 16, 16)
     assert [floats.min(), floats.max()] == [-1, 1]
     generator = nn.Identity()
+    generator.size = 16
     generator.layers = [nn.Linear(1, 1)]  # generate() asks for the device of its weights
     assert gan.generate(generator, floats).equal(images)
+
+
+def test_large_images_are_generated_a_few_at_a_time():
+    batches = []
+    generator = gan.Generator(size=280, latent=2, width=1)
+    generator.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
+    assert gan.generate(generator, torch.randn(12, 2)).shape == (12, 280, 280, 1)
+    assert batches == [5, 5, 2]
 
 
 def test_a_folder_of_any_layout(tmp_path, monkeypatch):
