@@ -274,6 +274,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
     steps = len(common.shuffled_batches(len(images), args.batch_size))
     optimizer_d = make_optimizer(discriminator, args)
     optimizer_g = make_optimizer(generator, args)
+    # A GAN needs more steps than the other models: with fewer than 2,000, there is a warning.
     scheduler_d = common.make_scheduler(optimizer_d, args, steps, few=2000)
     scheduler_g = common.make_scheduler(optimizer_g, args, steps, few=2000)
     state = {"generator": generator, "discriminator": discriminator, "optimizer_g": optimizer_g,
@@ -303,13 +304,14 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                 real_logits = ddp_discriminator(real)
                 fake_logits = ddp_discriminator(fake.detach())  # no gradient for the generator
             loss_d = discriminator_loss(real_logits.float(), fake_logits.float())
-            penalty, limit = 0, args.clip
+            total_d, limit = loss_d, args.clip
             if args.r1 and step % PENALTY_EVERY == 0:
                 # Without autocast, and never compiled: torch.compile() has no second derivatives.
-                penalty = PENALTY_EVERY * args.r1 / 2 * gradient_penalty(discriminator, real)
-                limit *= PENALTY_EVERY  # or clipping would weaken the penalty
+                weight = PENALTY_EVERY * args.r1 / 2
+                total_d = loss_d + weight * gradient_penalty(discriminator, real)
+                limit = PENALTY_EVERY * args.clip  # or clipping would weaken the penalty
             optimizer_d.zero_grad()
-            (loss_d + penalty).backward()
+            total_d.backward()
             norm_d = common.clip_gradients(discriminator, limit)
             optimizer_d.step()
 
@@ -360,6 +362,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
 
 # ---------------------------------------------------------------- Evaluation and plots
 
+# The pixels of a batch, which limit the memory: 500 MNIST images, or fewer large ones.
+EVALUATION_PIXELS = 500 * 28**2
+
 
 def latent_vectors(count: int, latent: int, seed: int) -> Tensor:
     """Return z: float (count, latent), from N(0, 1), the same on every device.
@@ -377,9 +382,8 @@ def generate(generator: Generator, z: Tensor) -> Tensor:
     """
     generator.eval()
     device = generator.layers[0].weight.device
-    batch_size = max(1, 500 * 28**2 // generator.size**2)  # fewer large images, to limit the memory
     images = torch.cat([(generator(batch.to(device)) * 127.5 + 127.5).round().byte().cpu()
-                        for batch in z.split(batch_size)])
+                        for batch in z.split(max(1, EVALUATION_PIXELS // generator.size**2))])
     return images.permute(0, 2, 3, 1)  # undoes to_float()
 
 
@@ -394,7 +398,7 @@ def random_features(images: Tensor) -> Tensor:
         # Keeps the variance. He et al., 2015.
         weights.append(weight * math.sqrt(2 / weight[0].numel()))
     features = []
-    for batch in images.split(max(1, 500 * 28**2 // images.shape[1]**2)):
+    for batch in images.split(max(1, EVALUATION_PIXELS // images.shape[1]**2)):
         x = to_float(batch)
         means = []
         for weight in weights:
