@@ -42,6 +42,7 @@ class Dataset(NamedTuple):
     train: ImageSet
     validation: ImageSet
     test: ImageSet
+    test_files: list  # of each image in the test set; empty if they are not the user's
 
 
 # Each shape is a star: the number of its tips, and the distance of its notches from the center,
@@ -136,8 +137,9 @@ def find_sets(root: Path) -> dict:
 def load_image_folder(args: Namespace) -> tuple:
     """Load `train/<class>/` with or without `val/` and `test/`, or just `<class>/`.
 
-    Returns {"train": (images, labels), ...}, images uint8 (N, size, size, 3) and labels int64 (N,)
-    in random order, and the class names. Raises UserError if the folder has another structure.
+    Returns {"train": (images, labels, numbers of their files), ...}, uint8 (N, size, size, 3),
+    int64 (N,) and int64 (N,), in random order; the class names; and the files of all sets. Raises
+    UserError if the folder has another structure.
     """
     root = Path(args.data)
     if not root.is_dir():
@@ -149,6 +151,7 @@ def load_image_folder(args: Namespace) -> tuple:
         raise common.UserError(f"--data {root}: {folders['train']} has {len(classes)} class "
                                "folder(s); at least two are needed")
     sets = {}
+    all_files = []
     for name, folder in folders.items():
         difference = set(classes) ^ set(subfolders(folder))
         if difference:
@@ -163,8 +166,10 @@ def load_image_folder(args: Namespace) -> tuple:
         if name == "train":  # before reading, which takes long
             files = files[:args.limit]
         images, kept = common.read_images([path for path, _ in files], args.size)
-        sets[name] = images, torch.tensor([files[i][1] for i in kept])
-    return sets, classes
+        labels = torch.tensor([files[i][1] for i in kept])
+        sets[name] = images, labels, len(all_files) + torch.arange(len(kept))
+        all_files += [files[i][0] for i in kept]
+    return sets, classes, all_files
 
 
 def load_data(args: Namespace) -> Dataset:
@@ -172,6 +177,7 @@ def load_data(args: Namespace) -> Dataset:
     `synthetic`, so that a resumed run has the same data.
     """
     # Each branch sets `sets` and `classes`; `auto` ends in the first, or else in the last one.
+    files = []
     if args.data in ("auto", "cifar10"):
         if args.size != 32:
             raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
@@ -184,7 +190,7 @@ def load_data(args: Namespace) -> Dataset:
             common.warn(f"{error}; training on synthetic shapes instead")
             args.data = "synthetic"  # so that the last branch below makes the sets
     elif args.data != "synthetic":
-        sets, classes = load_image_folder(args)
+        sets, classes, files = load_image_folder(args)
     if args.data == "synthetic":  # asked for, or the fallback
         classes = list(SHAPES)
         sets = {"train": synthetic_shapes(args.synthetic_size, args.size, args.seed),
@@ -194,7 +200,9 @@ def load_data(args: Namespace) -> Dataset:
     # Takes "val" and "test", where missing, from "train". Of an image in two sets, the copy in the
     # test set stays, or else that in the validation set.
     common.make_disjoint_sets(sets, args.seed)
-    return Dataset(args.data, classes, *(ImageSet(*sets[key]) for key in ("train", "val", "test")))
+    test_files = [files[number] for number in sets["test"][2]] if files else []
+    return Dataset(args.data, classes,
+                   *(ImageSet(*sets[name][:2]) for name in ("train", "val", "test")), test_files)
 
 
 def describe_classes(data: Dataset) -> None:
@@ -392,9 +400,9 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                "seconds": time.perf_counter() - start}
         history.append(row)
         # One string on two lines, whose fields are columns of the history.
-        print("epoch {epoch:2}/{epochs}  training {train_loss:.3f}, {train_accuracy:.1%}  "
-              "validation {validation_loss:.3f}, {validation_accuracy:.1%}  {seconds:.1f} s".format(
-                  epochs=args.epochs, **row), flush=True)
+        print("epoch {epoch:2}/{epochs}  loss: training (smoothed) {train_loss:.3f}, validation "
+              "{validation_loss:.3f}; accuracy: {train_accuracy:.1%}, {validation_accuracy:.1%}  "
+              "{seconds:.1f} s".format(epochs=args.epochs, **row), flush=True)
         # Saved if this epoch is the best so far, which the validation set alone decides.
         best = {"model": model.state_dict(), "options": options, "classes": data.classes,
                 "flip": flip}
@@ -469,6 +477,11 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     draw_predictions(folder / "predictions.png", data, logits, title)
     print(f"\ntest on {data.name} with the weights of epoch {test['best_epoch']}:")
     common.print_report(test)
+    if data.test_files:
+        confidence, predicted = F.softmax(logits, dim=1).max(1)
+        common.write_predictions(
+            folder, data.test_files, [data.classes[label] for label in labels],
+            [data.classes[label] for label in predicted], confidence.tolist())
     print(f"plots and checkpoints are in {args.out}; classify files of your own with:\n"
           f"python cnn.py --out {shlex.quote(args.out)} --predict FILE ...")
 
@@ -532,7 +545,7 @@ def load_model(path: Path, device: torch.device) -> tuple:
 def predict(args: Namespace, device: torch.device) -> None:
     """Print `file <tab> class <tab> probability` for each file of --predict that can be read."""
     model, checkpoint = load_model(Path(args.out, "best.pt"), device)
-    files = common.prediction_inputs(args.predict, files=True)
+    files = common.prediction_inputs(args.predict)
     if not files:
         return
     images, kept = common.read_images(files, checkpoint["options"]["size"])

@@ -82,10 +82,10 @@ def warn(message: str) -> None:
 
 # ---------------------------------------------------------------- Several processes (torchrun)
 
-# Set by torchrun: the number of this process, its number on this machine, and how many there are.
-RANK = int(os.environ.get("RANK", 0))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+# Set by torchrun: how many processes there are, the number of this one, and that on this machine.
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
+RANK = int(os.environ.get("RANK", 0)) if WORLD > 1 else 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 def start_processes() -> None:
@@ -94,11 +94,11 @@ def start_processes() -> None:
     """
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
-    if RANK > 0 or WORLD > 1:  # RANK alone, without WORLD_SIZE: the next call complains
+    if WORLD > 1:
         try:
             dist.init_process_group("gloo")
         except ValueError as error:
-            raise UserError(f"RANK or WORLD_SIZE is set, but not by torchrun: {error}") from None
+            raise UserError(f"WORLD_SIZE is set, but not by torchrun: {error}") from None
 
 
 def wrap_model(model: nn.Module, args: Namespace, device: torch.device) -> nn.Module:
@@ -109,8 +109,9 @@ def wrap_model(model: nn.Module, args: Namespace, device: torch.device) -> nn.Mo
         model = torch.compile(model)
     if WORLD == 1:
         return model
-    # NCCL averages gradients on GPUs fastest; gloo, the default group, is for everything else.
-    group = dist.new_group(backend="nccl") if device.type == "cuda" else None
+    group = None  # the default, gloo
+    if device.type == "cuda" and dist.is_nccl_available():
+        group = dist.new_group(backend="nccl")  # faster on GPUs; Windows lacks it
     # Batch norm's running statistics are those of the first process, which evaluates and saves.
     return nn.parallel.DistributedDataParallel(model, process_group=group, broadcast_buffers=False)
 
@@ -198,14 +199,13 @@ def autocast(precision: str, device: torch.device, cpu_gains: bool = True) -> An
         has_bfloat16 = VERSION >= (1, 10) and torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         has_bfloat16 = device.type == "cpu" and CPU_HAS_BFLOAT16
-    if precision == "auto":
-        precision = "bfloat16" if has_bfloat16 and (on_gpu or cpu_gains) else "float32"
-    if precision == "float32":
-        return contextlib.nullcontext()
-    if not has_bfloat16:
+    if precision == "bfloat16" and not has_bfloat16:
         raise UserError("--precision bfloat16: this device, or this version of PyTorch, is not "
                         "known to support it; use auto")
-    return torch.autocast(device.type, dtype=torch.bfloat16)
+    faster = has_bfloat16 and (on_gpu or cpu_gains)
+    if precision == "bfloat16" or (precision == "auto" and faster):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------- Command line
@@ -307,15 +307,16 @@ def find_files(args: Namespace, pattern: str) -> list:
     return [path for name in args.subfolders for path in Path(args.out, name).glob(pattern)]
 
 
-def lock(folder: Path) -> None:
-    """Lock a folder until this process ends (not on Windows).
+def lock(folder: Path, locks: list) -> None:
+    """Lock a folder (not on Windows). The lock lasts until its file descriptor, which is added to
+    `locks`, is closed.
 
     Raises UserError if another run has locked it.
     """
     try:
         import fcntl  # not available on Windows
-        # The descriptor is never closed: the lock is released when this process ends.
-        fcntl.flock(os.open(folder, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locks.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(locks[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:
         pass
     except BlockingIOError:
@@ -336,16 +337,18 @@ def run_folder(args: Namespace) -> Iterator[Path]:
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"--out {args.out} holds more than a run; name a folder of its own")
 
+    locks = []
+
     def prepare():
         if find_files(args, "*.pt") and not args.resume:
-            lock(folder)  # an error if that run is still going on
+            lock(folder, locks)  # an error if that run is still going on
             old = f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}"
             folder.rename(old)
             warn(f"--out {args.out} held another run, which is now in {old}")
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
-    on_first_process(prepare)
+        lock(folder, locks)
     try:
+        on_first_process(prepare)
         yield folder
     except KeyboardInterrupt:
         if find_files(args, "last.pt"):
@@ -353,6 +356,9 @@ def run_folder(args: Namespace) -> Iterator[Path]:
             # Not on stdout: with `| tee`, Ctrl-C has ended its reader, too.
             warn(f"interrupted; continue with: {command}")
         raise
+    finally:
+        for descriptor in locks:
+            os.close(descriptor)
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -416,8 +422,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict, best: 
                         "--clip (checkpoints of earlier epochs are kept)")
     if RANK > 0:
         return
-    # history[0] itself is the header: join() iterates over the keys of a dict.
-    lines = [history[0], *map(dict.values, history)]
+    lines = [history[0].keys(), *(row.values() for row in history)]
     table = "\n".join(",".join(map(str, line)) for line in lines)
     write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
     if epochs_since_best(history, score) == 0:
@@ -529,8 +534,8 @@ def epochs_to_train(args: Namespace, history: list, score: Callable) -> Iterator
 
 def progress_bar(iterable: Iterable, description: str, total: int | None = None) -> tqdm:
     """Return a progress bar of 80 columns that stays silent in a log file."""
-    # disable=None: tqdm disables itself if its output is no terminal.
-    return tqdm(iterable, description, total, leave=False, disable=RANK > 0 or None, ncols=80)
+    disable = True if RANK > 0 else None  # None: only if the output is no terminal
+    return tqdm(iterable, description, total, leave=False, disable=disable, ncols=80)
 
 
 # ---------------------------------------------------------------- Evaluation and plots
@@ -560,6 +565,23 @@ def print_report(report: dict) -> None:
           f"{report['largest_class']:.2%}), macro-averaged F1 {report['macro_f1']:.3f}")
     for name, accuracy in report["per_class"].items():
         print("       -" if accuracy is None else f"{accuracy:8.2%}", name)
+
+
+def write_predictions(folder: Path, inputs: list, targets: list, predictions: list,
+                      probabilities: list) -> None:
+    """Write predictions.tsv: first the mistakes, then the correct predictions, of both the most
+    probable first. Print the first three.
+
+    inputs, targets, predictions: a text for each test example.
+    """
+    rows = sorted(zip(inputs, targets, predictions, probabilities),
+                  key=lambda row: (row[1] == row[2], -row[3]))
+    lines = ["{}\t{}\t{}\t{:.4g}".format(*row) for row in rows]
+    text = "\n".join(["input\ttarget\tprediction\tprobability", *lines, ""])
+    path = folder / "predictions.tsv"
+    write_or_warn(path, lambda path: path.write_text(text, "utf-8", "surrogateescape"))
+    print(f"predictions (input, target, prediction, probability), all in {path}:")
+    print("\n".join(lines[:3]))
 
 
 def new_figure(rows: int, columns: int, inches: tuple, title: str) -> tuple:
@@ -640,20 +662,20 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
     """Take a tenth of "train" for each of "test" and "val" that is missing; then leave no image in
     two sets, and none twice in "test" or "val".
 
-    sets: {"train": (images, labels), ...}, changed in place. Images with the same pixels are equal.
+    sets: {"train": (images, labels), ...}, changed in place; there may be more tensors with a row
+    for each image. Images with the same pixels are equal.
     """
     def contents(images):  # the hashes differ between runs; only which are equal matters
         return [hash(image.tobytes()) for image in images.numpy()]
-    images, labels = sets["train"]
+    images, labels = sets["train"][:2]
     part = split_tenths(contents(images), labels.tolist(), seed)
     # If a set was given, its tenth stays in "train".
     for tenth, name in enumerate(("test", "val")):
-        sets.setdefault(name, (images[part == tenth], labels[part == tenth]))
+        sets.setdefault(name, [tensor[part == tenth] for tensor in sets["train"]])
     # Remove from each set the images of the sets before it; so "train" loses what was taken above.
     seen = set()
     for name in ("test", "val", "train"):
-        images, labels = sets[name]
-        keys = contents(images)
+        keys = contents(sets[name][0])
         if len(set(keys) - seen) < 2:  # metrics such as a variance need two
             raise UserError(f"--data: fewer than two images are left for the {name} set, not "
                             "counting copies; add others, or raise --limit if you used it")
@@ -662,7 +684,7 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
             new.append(key not in seen)
             if name != "train":  # in training, a copy counts as one more example
                 seen.add(key)
-        sets[name] = images[new], labels[new]
+        sets[name] = [tensor[new] for tensor in sets[name]]
 
 
 def describe_sets(name: str, device: torch.device, *sets: Sequence) -> None:
@@ -717,18 +739,12 @@ def read_table(path: str, names: tuple) -> list:
     return rows
 
 
-def prediction_inputs(values: list, files: bool = False) -> list:
-    """Return the arguments of --predict, or for "-" the non-blank lines of standard input.
-
-    files: whether the arguments are meant to be files.
-    """
-    if values == ["-"]:
-        text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
-        return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
-    for value in values:
-        if os.path.isfile(value) and not files:
-            warn(f"{value} is read as text, not as a file; for its lines: --predict - < {value}")
-    return values
+def prediction_inputs(values: list) -> list:
+    """Return the arguments of --predict, or for "-" the non-blank lines of standard input."""
+    if values != ["-"]:
+        return values
+    text = sys.stdin.buffer.read().decode("utf-8-sig", "surrogateescape")
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip()]
 
 
 # ---------------------------------------------------------------- Images
@@ -764,9 +780,10 @@ def read_image(path: str, size: int) -> np.ndarray:
 
 def check_apart(data: str, *written: str) -> None:
     """Raise UserError if a folder to write to is in the folder of the data, or contains it."""
-    source = Path(data).resolve()
+    # abspath(): on Windows, resolve() may leave a path relative if it does not exist.
+    source = Path(os.path.abspath(data)).resolve()
     for name in written:
-        folder = Path(name).resolve()
+        folder = Path(os.path.abspath(name)).resolve()
         if source == folder or source in folder.parents or folder in source.parents:
             raise UserError(f"--data {data} and {name}, where the run writes, must be apart; "
                             "choose another --out")
@@ -839,16 +856,19 @@ def load_torchvision(name: str, data_dir: str) -> tuple:
     dataset = getattr(datasets, name)
     socket.setdefaulttimeout(10)  # seconds; a network that does not answer must not hang the run
 
-    def download():
+    def load(part, **options):
         try:
-            dataset(data_dir, download=True)
+            return dataset(data_dir, part == "train", **options)
         except Exception as error:
             raise UserError(f"{name} is not in {data_dir}, and cannot be downloaded: {error}"
                             ) from None
+
+    def download():
+        load("train", download=True)
     on_first_process(download)
     sets = {}
     for part in ("train", "test"):
-        data = dataset(data_dir, part == "train")
+        data = load(part)
         # CIFAR-10's images are a transposed view, which zlib.crc32() refuses; gray images lack the
         # last dimension.
         images = torch.as_tensor(data.data).contiguous()

@@ -389,7 +389,8 @@ def generate(generator: Generator, z: Tensor) -> Tensor:
 
 def random_features(images: Tensor) -> Tensor:
     """Return features (N, 224) of uint8 images (N, size, size, channels): the mean of each channel
-    in each layer of a convolutional network with fixed random weights. Naeem et al., 2020.
+    in each layer of a convolutional network with fixed random weights (whose use for such measures
+    is from Naeem et al., 2020).
     """
     rng = torch.Generator().manual_seed(0)
     weights = []

@@ -55,6 +55,7 @@ class Dataset(NamedTuple):
     train: SequenceSet
     validation: SequenceSet
     test: SequenceSet
+    test_texts: list
 
 
 def temporal_order(count: int, seed: int) -> list:
@@ -174,7 +175,8 @@ def load_data(args: Namespace, task: str) -> Dataset:
     inputs = pad_sequence(encoded, batch_first=True)
     sets = [SequenceSet(inputs[part], lengths[part], targets[part])
             for part in (tenths > 1, tenths == 1, tenths == 0)]
-    return Dataset(task, zlib.crc32(repr(rows).encode()), vocabulary, answers, *sets)
+    texts = [text for (text, _), tenth in zip(rows, tenths) if tenth == 0]  # of the test set
+    return Dataset(task, zlib.crc32(repr(rows).encode()), vocabulary, answers, *sets, texts)
 
 
 def groups(task: str, lengths: Tensor) -> list:
@@ -455,7 +457,7 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
         history.append(row)
-        print("{label}  training {train_loss:.3f}  validation {validation_loss:.3f}, "
+        print("{label}  loss: training {train_loss:.3f}, validation {validation_loss:.3f}; accuracy "
               "{validation_accuracy:.2%}  {seconds:.1f} s".format(label=label, **row), flush=True)
         # Saved if this epoch is the best so far. "options" are here the arguments of the model; in
         # last.pt, those of the command line.
@@ -473,23 +475,26 @@ STYLES = {"lstm": "C0-", "gru": "C1--", "rnn": "C2:"}
 
 @torch.no_grad()
 def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.device) -> dict:
-    """Return the loss, the predictions (shaped as the targets), and the accuracy of whole answers
-    and of tokens. A decoder is fed its own predictions, as at inference.
+    """Return the loss, the predictions (shaped as the targets), the probability of each, and the
+    accuracy of whole answers and of tokens. A decoder is fed its own predictions, as at inference.
     """
     model.eval()  # batch norm by its running statistics, no dropout
     loss = 0.0
     count = 0
     predicted = sequences.targets.clone()  # the padding stays: it is no mistake
+    probabilities = torch.zeros(len(predicted))
     for group in groups(task, sequences.lengths):
         for indices in group.split(500):
             batch = get_batch(sequences, indices, device)
             logits = model(*batch, 0.0)
             loss += cross_entropy(logits, batch.targets, reduction="sum").item()
             count += batch.targets.numel()
-            likeliest = logits.argmax(-1).view(batch.targets.shape)
-            predicted[indices, :likeliest.shape[1]] = likeliest.cpu()
+            log_probability, likeliest = F.log_softmax(logits, dim=-1).max(-1)
+            shape = batch.targets.shape
+            predicted[indices, :shape[1]] = likeliest.view(shape).cpu()
+            probabilities[indices] = log_probability.view(shape).sum(1).exp().cpu()
     mistakes = predicted != sequences.targets
-    return {"loss": loss / count, "predicted": predicted,
+    return {"loss": loss / count, "predicted": predicted, "probabilities": probabilities,
             "accuracy": 1 - mistakes.any(1).double().mean().item(),
             "token_accuracy": 1 - mistakes.sum().item() / count}
 
@@ -523,6 +528,9 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
             results[cell] = {"exact_match": test["accuracy"],
                              "token_accuracy": test["token_accuracy"]}
             print("exact match {accuracy:.2%}, tokens {token_accuracy:.2%}".format(**test))
+        common.write_predictions(
+            cell_folder, data.test_texts, answer_texts(data, data.test.targets),
+            answer_texts(data, test["predicted"]), test["probabilities"].tolist())
         accuracies[cell] = [row["validation_accuracy"] for row in history]
         # A decoder is validated on its own predictions, but trained with teacher forcing: its
         # validation loss may be much higher without overfitting.
@@ -536,6 +544,12 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
     if data.task == "classify":
         look_inside(data, list(histories), folder, args.seed, title)
     return results
+
+
+def answer_texts(data: Dataset, numbers: Tensor) -> list:
+    """Return the answers that targets or predictions stand for. After its END, an answer is cut."""
+    texts = ["".join(data.answers[i] for i in row) for row in numbers]
+    return [text.partition(SPECIAL[END])[0] for text in texts]
 
 
 def plot_cells(path: Path, title: str, curves: dict, **settings: Any) -> None:

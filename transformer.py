@@ -54,7 +54,7 @@ TASKS = {
 
 def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> list:
     """Return `count` pairs of texts (source, target), no source twice. A source has `low` to `high`
-    random letters; for `add`, two numbers with equally many digits.
+    random letters; for `add`, two numbers of as many digits.
     """
     rng = random.Random(seed)
     sources = set()
@@ -380,8 +380,8 @@ def beam_search(model: Transformer, source: Tensor, beam: int = 1) -> tuple:
         # Keep the best of all continuations of a source, those with the highest mean: the sum would
         # favor short targets. Each is numbered by the hypothesis that it continues and its token:
         # hypothesis * vocabulary_size + token.
-        # The length after this step: <bos> is counted in place of the token that will be added or,
-        # once the hypothesis has ended, of <eos>.
+        # The length after this step, without <pad> and <eos>, which are not greater than EOS; <bos>
+        # stands for the token that will be added or, once the hypothesis has ended, for <eos>.
         lengths = (tokens > EOS).sum(1, keepdim=True)  # (N * beam, 1)
         chosen = (totals / lengths).view(len(source), -1).topk(beam).indices  # (N, beam)
         # The rows that the new hypotheses continue, and the tokens that they add.
@@ -478,10 +478,10 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Faster than in the test: autocast, and greedy decoding (a beam of 1, the default).
+        # Faster than in the test: autocast, and greedy decoding, as measure() has a beam of 1.
         with autocast:
-            validation = common.on_first_process(measure, model, data.vocabulary, data.validation,
-                                                 device)
+            validation, _ = common.on_first_process(measure, model, data.vocabulary,
+                                                    data.validation, device)
         row = {"epoch": epoch, **common.means(metrics),
                **{f"validation_{name}": value for name, value in validation.items()},
                "seconds": time.perf_counter() - start}
@@ -539,10 +539,12 @@ def edit_distance(a: tuple, b: tuple) -> int:
 
 @torch.no_grad()
 def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: torch.device,
-            beam: int = 1) -> dict:
-    """Return the loss and token accuracy under teacher forcing; and, of what the model writes by
-    itself, the fraction of exact matches and the error rate (edit distance / length of the target).
-    If a source has several targets, the nearest counts.
+            beam: int = 1) -> tuple:
+    """Return the metrics and, for each source, (source, target, output, probability): what the
+    model writes by itself, and the nearest target if there are several.
+
+    The metrics: loss and token accuracy under teacher forcing; of the outputs, the fraction of
+    exact matches and the error rate (edit distance / length of the target).
     """
     model.eval()
     pairs = sorted(pairs, key=lambda pair: len(pair[0]))  # for batches with little padding
@@ -560,14 +562,16 @@ def measure(model: Transformer, vocabulary: Vocabulary, pairs: list, device: tor
         answers[source].append(target)
     written = write_targets(model, vocabulary, list(answers), device, beam)
     exact = errors = length = 0
-    for (tokens, _), targets in zip(written, answers.values()):
-        distance, nearest = min((edit_distance(tokens, target), target) for target in targets)
+    outputs = []
+    for (output, probability), (source, targets) in zip(written, answers.items()):
+        distance, nearest = min((edit_distance(output, target), target) for target in targets)
         exact += distance == 0
         errors += distance
         length += len(nearest)
+        outputs.append((source, nearest, output, probability))
     return {"loss": torch.cat(losses).mean().item(),
             "token_accuracy": torch.cat(hits).float().mean().item(),
-            "exact_match": exact / len(answers), "error_rate": errors / length}
+            "exact_match": exact / len(answers), "error_rate": errors / length}, outputs
 
 
 def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
@@ -575,13 +579,19 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
     """Measure the best model on the test set; write summary.json; draw the plots."""
     model, vocabulary, checkpoint = load_model(folder / "best.pt", device)
     # The test set is used only here.
-    test = measure(model, vocabulary, data.test, device, args.beam)
+    test, outputs = measure(model, vocabulary, data.test, device, args.beam)
     if args.beam > 1:
-        test["greedy"] = measure(model, vocabulary, data.test, device)
+        test["greedy"], _ = measure(model, vocabulary, data.test, device)
     test["best_epoch"] = checkpoint["metrics"]["epoch"]
     common.write_summary(folder, args, history, test)
     print("test: exact match {exact_match:.2%}, error rate {error_rate:.2%}, token accuracy "
           "{token_accuracy:.2%} (the model of epoch {best_epoch})".format(**test))
+    sources, targets, written, probabilities = zip(*outputs)
+    target_separator = SEPARATORS[args.target_tokens]
+    common.write_predictions(
+        folder, list(map(SEPARATORS[args.source_tokens].join, sources)),
+        list(map(target_separator.join, targets)), list(map(target_separator.join, written)),
+        probabilities)
     title = f"Transformer on {data.name}"
     figure, _ = common.plot_history(history, args, title, {
         "loss": {"training, with --label-smoothing": "train_loss", "validation": "validation_loss"},
@@ -590,7 +600,9 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
                              "validation sequences": "validation_exact_match"},
         "gradient norm": {"before clipping": "gradient_norm"}})
     common.save_figure(folder / "curves.png", figure)
-    draw_attention(folder / "attention.png", model, vocabulary, data.test[0], device, title)
+    # A pair that need not be cut, if there is one.
+    pair = next((pair for pair in data.test if max(map(len, pair)) <= 20), data.test[0])
+    draw_attention(folder / "attention.png", model, vocabulary, pair, device, title)
 
 
 def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair: tuple,

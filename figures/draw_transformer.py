@@ -79,7 +79,7 @@ def block():
               for turn in torch.linspace(0, math.pi, 31).tolist()]
     line(axis, (0, 4.77), (0, 5.3), (4.4, 5.3), (4.4, y), *bridge, (6.85, y), **memory)
     draw.arrow(axis, (6.7, y), (6.98, y), color=MEMORY)
-    text(axis, 2.2, 5.55, "encoder output: keys and values", 9, color=MEMORY)
+    text(axis, 2.2, 5.55, "encoder output, for keys and values", 9, color=MEMORY)
     text(axis, 0, -2.75, "ENCODER", 11, weight="bold")
     text(axis, 6.3, -2.75, "DECODER", 11, weight="bold")
     span(axis, -1.4, 9.2, -2.9, top + 2.7)

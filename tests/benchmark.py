@@ -75,7 +75,7 @@ def measure_cnn(options):
     examples = EXAMPLES["cnn"]
     images, labels = cnn.synthetic_shapes(examples, 32, seed=0)
     few = cnn.ImageSet(images[:FEW], labels[:FEW])
-    data = cnn.Dataset("synthetic", list(cnn.SHAPES), cnn.ImageSet(images, labels), few, few)
+    data = cnn.Dataset("synthetic", list(cnn.SHAPES), cnn.ImageSet(images, labels), few, few, [])
     return {"images a second": compare_epochs(
         examples, lambda: train(cnn, data, options, 2), usual_way.cnn(images, labels))}
 

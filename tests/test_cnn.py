@@ -157,7 +157,7 @@ def photos(tmp_path, monkeypatch):
 def load(*options):
     options = ["--data", "photos", "--size", "8", *options]
     data = cnn.load_data(cnn.build_parser().parse_args(options))
-    return data, [len(images) for images, _ in data[2:]]
+    return data, [len(images) for images, _ in data[2:5]]
 
 
 def test_sets_are_named_in_any_case(photos):
@@ -175,8 +175,10 @@ def test_missing_sets_are_tenths_without_hidden_folders_and_copies(photos):
         shutil.copy(str(path), str(path.with_name("copy of " + path.name)))
     data, sizes = load()
     assert data.classes == ["train", "valid_ticket"] and sizes == [120, 10, 10]
-    contents = [{image.numpy().tobytes() for image in images} for images, _ in data[2:]]
+    contents = [{image.numpy().tobytes() for image in images} for images, _ in data[2:5]]
     assert len(set().union(*contents)) == sum(map(len, contents)) == 100
+    for file, image in zip(data.test_files, data.test.images):
+        assert Image.open(file).tobytes() == image.numpy().tobytes()
     assert 24 <= sum(load("--limit", "30")[1]) <= 30  # without copies in validation and test
 
 
@@ -239,6 +241,16 @@ def test_a_class_without_test_images_has_no_accuracy(run, photos):
     assert re.search(r"^cat \d\d, dog \d\d$", done.stdout, re.M)
     assert re.search(r"^ +- dog$", done.stdout, re.M)
     assert summary()["per_class"]["dog"] is None
+    text = Path("runs/cnn/predictions.tsv").read_text()
+    rows = [line.split("\t") for line in text.splitlines()[1:]]
+    assert {Path(row[0]).parent for row in rows} == {Path("photos/test/cat")}
+    assert len(rows) == 10 and {row[1] for row in rows} == {"cat"}
+    assert sum(row[1] == row[2] for row in rows) / 10 == summary()["accuracy"]
+    predicted = run("cnn.py", "--predict", *(row[0] for row in rows)).stdout.splitlines()
+    for row, line in zip(rows, predicted):
+        file, label, probability = line.split("\t")
+        assert [file, label] == [row[0], row[2]] and float(probability) == pytest.approx(
+            float(row[3]), abs=1e-3)
 
 
 def test_resume_refuses_other_images_to_evaluate_on(run, photos):

@@ -1,6 +1,5 @@
 """common.py: schedule, early stopping, clipping, checkpoints, run folders, tables and images."""
 
-import contextlib
 import io
 import json
 import math
@@ -112,6 +111,17 @@ def test_a_precision_that_the_device_lacks_is_found_before_a_run_begins(monkeypa
                                  "is not known to support it; use auto")
 
 
+@pytest.mark.skipif(common.VERSION < (1, 10), reason="no torch.autocast")
+@pytest.mark.parametrize("precision, cpu_gains, dtype", [
+    ("auto", True, torch.bfloat16), ("auto", False, torch.float32),
+    ("bfloat16", False, torch.bfloat16), ("float32", True, torch.float32)])
+def test_bfloat16_is_used_where_the_device_has_it_and_gains(monkeypatch, precision, cpu_gains,
+                                                            dtype):
+    monkeypatch.setattr(common, "CPU_HAS_BFLOAT16", True)
+    with common.autocast(precision, torch.device("cpu"), cpu_gains):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
 def test_batches_of_an_epoch_are_full_shuffled_and_dealt_out(monkeypatch):
     batches = common.shuffled_batches(11, 4, 0, 1)
     assert batches.shape == (2, 4) and len(set(batches.flatten().tolist())) == 8
@@ -134,6 +144,16 @@ def test_report_counts_by_class_and_knows_classes_without_examples():
     assert report["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
 
 
+def test_predictions_are_listed_with_the_most_probable_mistakes_first(tmp_path, capsys):
+    common.write_predictions(tmp_path, ["caf\udce9", "b", "c", "d"], list("xxyy"), list("xyxx"),
+                             [0.9, 0.6, 0.51239, 0.7])
+    rows = ["input\ttarget\tprediction\tprobability", "d\ty\tx\t0.7", "b\tx\ty\t0.6",
+            "c\ty\tx\t0.5124", "caf\udce9\tx\tx\t0.9"]
+    written = (tmp_path / "predictions.tsv").read_bytes().decode("utf-8", "surrogateescape")
+    assert written.splitlines() == rows
+    assert "\n".join(rows[1:4]) in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- Checkpoints and run folders
 
 
@@ -144,26 +164,26 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path):
     assert os.listdir(str(tmp_path)) == ["last.pt"]
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3])
+@pytest.mark.parametrize("step", ["write", "fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, error, failing):
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, error, step):
     path = tmp_path / "last.pt"
     common.save_checkpoint(path, {"script": "x.py", "epoch": 1})
 
-    class FailingFile(io.FileIO):  # one write ends half-way: Ctrl-C, or the disk is full
-        writes = 0
-
+    class FailingFile(io.FileIO):  # ends half-way: Ctrl-C, or the disk is full
         def write(self, data):
-            FailingFile.writes += 1
-            if FailingFile.writes == failing:
-                super().write(bytes(data)[:len(data) // 2])
-                raise error
-            return super().write(data)
-    monkeypatch.setattr(common, "open", FailingFile, raising=False)
-    with contextlib.suppress(error):  # not the RuntimeError that torch.save() makes of it
+            super().write(bytes(data)[:len(data) // 2])
+            raise error
+
+    def fail(*_):
+        raise error
+    if step == "write":
+        monkeypatch.setattr(common, "open", FailingFile, raising=False)
+    else:
+        monkeypatch.setattr(common.os, step, fail)
+    with pytest.raises(error):
         common.save_checkpoint(path, {"script": "x.py", "epoch": 2, "weights": torch.rand(500)})
-    failed = FailingFile.writes >= failing
-    assert common.load_checkpoint(path, "x.py")["epoch"] == (1 if failed else 2)
+    assert common.load_checkpoint(path, "x.py")["epoch"] == 1
 
 
 class Payload:
@@ -239,7 +259,6 @@ def test_an_earlier_run_is_moved_aside_and_a_link_stays_one(tmp_path, monkeypatc
     monkeypatch.chdir(str(tmp_path))
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
-    monkeypatch.setattr(common, "lock", lambda folder: None)  # it would last as long as this test
     hold(Namespace(out=out, resume=False, subfolders=["."], note="old"))
     assert hold(Namespace(out=out, resume=True, subfolders=["."], note="old")) == tmp_path / "run"
     with pytest.warns(UserWarning, match=f"--out {out} held another run, which is now in ") as seen:
@@ -263,9 +282,11 @@ def test_a_folder_in_use_is_refused_by_any_name_and_leaves_no_file(tmp_path):
     pytest.importorskip("fcntl")
     (tmp_path / "run").mkdir()
     (tmp_path / "link").symlink_to("run")
-    common.lock(tmp_path / "run")
-    with pytest.raises(common.UserError, match="another run is using this folder"):
-        common.lock(tmp_path / "link")
+    args = Namespace(out=str(tmp_path / "link"), resume=False, subfolders=["."])
+    for _ in range(2):  # the folder is free again when the run has ended
+        with common.run_folder(args):
+            with pytest.raises(common.UserError, match="another run is using this folder"):
+                common.lock(tmp_path / "run", [])
     assert os.listdir(str(tmp_path / "run")) == []
 
 
@@ -276,7 +297,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
         raise OSError(38, "Function not implemented")
     monkeypatch.setattr(fcntl, "flock", missing)
     with pytest.warns(UserWarning, match="cannot be locked"):
-        common.lock(tmp_path)
+        common.lock(tmp_path, [])
 
 
 INTERRUPTED = """
@@ -351,14 +372,15 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert done.stderr == "x.py: error: [Errno 28] No space left on device\n"
 
 
-@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE"])
-def test_processes_that_torchrun_did_not_start_are_one_line(tmp_path, name):
+@pytest.mark.parametrize("name, status", [("RANK", 0), ("WORLD_SIZE", 2)])
+def test_variables_that_torchrun_did_not_set_are_ignored_or_one_line(tmp_path, name, status):
     (tmp_path / "x.py").write_text(PRINTING.format(root=str(ROOT)))
     done = subprocess.run([sys.executable, str(tmp_path / "x.py")], env={**os.environ, name: "2"},
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("x.py: error: RANK or WORLD_SIZE is set, but not by torchrun: ")
-    assert len(done.stderr.splitlines()) == 1
+    assert done.returncode == status and done.stdout.endswith("99999\n" if status == 0 else "")
+    if status == 2:
+        assert done.stderr.startswith("x.py: error: WORLD_SIZE is set, but not by torchrun: ")
+        assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
 
 # ---------------------------------------------------------------- Tables and texts
@@ -412,11 +434,8 @@ def test_equal_contents_are_in_the_same_tenth_and_groups_are_spread_evenly():
     assert not part.equal(common.split_tenths(contents, groups, seed=1))
 
 
-def test_prediction_inputs_come_from_arguments_or_lines(tmp_path, monkeypatch):
-    monkeypatch.chdir(str(tmp_path))
-    Path("reviews.txt").write_text("")
-    with pytest.warns(UserWarning, match="reviews.txt is read as text"):
-        assert common.prediction_inputs(["reviews.txt"]) == ["reviews.txt"]
+def test_prediction_inputs_come_from_arguments_or_lines(monkeypatch):
+    assert common.prediction_inputs(["one", "-"]) == ["one", "-"]
     # Only a line feed ends a line: other separators of Unicode may be part of a text.
     stdin = Namespace(buffer=io.BytesIO("\ufeffone\r\n \ntwo\u2028three\n".encode()))
     monkeypatch.setattr(sys, "stdin", stdin)
@@ -442,13 +461,15 @@ def test_an_image_is_fitted_and_cropped_about_its_center(tmp_path):
 def test_transparent_pixels_become_white(tmp_path):
     ink = np.zeros((8, 8, 4), np.uint8)
     ink[2:6, 2:6, 3] = 255
-    for kind in ("RGBA", "LA", "P"):
-        path = tmp_path / f"{kind}.png"
-        Image.fromarray(ink).convert(kind).save(str(path), **(
-            {"transparency": 255} if kind == "P" else {}))
-        image = common.read_image(str(path), 8)
-        if kind != "P":
-            assert image[0, 0].tolist() == [255, 255, 255] and image[4, 4].tolist() == [0, 0, 0]
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([90, 90, 90, 0, 0, 0])
+    palette.paste(1, (2, 2, 6, 6))
+    palette.info["transparency"] = 0  # the number of a color
+    for image in (Image.fromarray(ink), Image.fromarray(ink).convert("LA"), palette):
+        path = str(tmp_path / f"{image.mode}.png")
+        image.save(path)
+        pixels = common.read_image(path, 8)
+        assert pixels[0, 0].tolist() == [255, 255, 255] and pixels[4, 4].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])

@@ -24,6 +24,8 @@ TINY = {
     "rnn": "--synthetic-size 200 --hidden 8 --batch-size 32 --epochs 2 --cells lstm gru",
     "gan": "--data synthetic --limit 400 --width 4 --epochs 4",
     "transformer": "--synthetic-size 300 --d-model 8 --heads 2 --d-ff 8 --layers 1 --epochs 4"}
+if not hasattr(signal, "SIGKILL"):
+    pytest.skip("needs the signals of POSIX", allow_module_level=True)
 STATUS = {signal.SIGKILL: -9, signal.SIGTERM: 130, signal.SIGINT: 130}
 
 
@@ -93,7 +95,6 @@ def run_until_killed(script, folder, seconds, kill):
     return done.returncode != 0
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs the signals of POSIX")
 @pytest.mark.parametrize("script", list(TINY))
 def test_killed_again_and_again_a_run_ends_as_if_it_had_not_been(tmp_path, script):
     begun = time.perf_counter()

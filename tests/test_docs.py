@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import statistics
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
@@ -81,10 +83,17 @@ def test_every_figure_is_used():
     assert [name for name in figures if f"figures/{name}" not in text] == []
 
 
+def test_importing_prints_nothing_and_imports_nothing_slow():
+    code = (f"import sys, {', '.join(SCRIPTS)}; "
+            "print(*{'matplotlib', 'torchvision'} & set(sys.modules))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=str(ROOT), stdout=subprocess.PIPE,
+                          check=True)
+    assert done.stdout.split() == []
+
+
 @pytest.mark.parametrize("name", [*SCRIPTS, "common"])
-def test_public_functions_have_type_hints_and_importing_runs_nothing(name, capsys):
+def test_public_functions_have_type_hints(name):
     module = importlib.import_module(name)
-    assert capsys.readouterr().out == ""
     bare = []
     classes = filter(inspect.isclass, list(vars(module).values()))
     for scope in [module, *classes]:
@@ -125,15 +134,40 @@ def is_rounded(written, percent, value):
     return abs((100 * value if percent else value) - float(digits)) <= 0.501 * unit
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_numbers_beside_a_command_are_those_that_were_measured(name):
-    rows = re.findall(r"^\|.*`(python [^`]*\.py[^`]*)`(.*)$", text_of(name), re.M)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbers_beside_a_command_are_those_that_were_measured(script):
+    rows = re.findall(r"^\|.*`(python [^`]*\.py[^`]*)`(.*)$", text_of(f"{script}.md"), re.M)
+    assert rows
     for command, rest in rows:
         known = measured(RESULTS.get(command))
         numbers = re.findall(r"(?<![\w.,-])(\d[\d,]*(?:\.\d+)?)( %)?", rest)
         assert known or not numbers, f"run python tests/record.py {command}"
         for number in numbers:
             assert any(is_rounded(*number, value) for value in known), (number, command)
+
+
+def ratios(results):
+    """The lists of ratios, one of each turn, in a nest of results of the benchmark."""
+    found = []
+    for key, value in results.items():
+        if isinstance(value, dict):
+            found += ratios(value)
+        elif key.startswith("ratio"):
+            found.append(value)
+    return found
+
+
+def test_speedups_in_the_readme_are_those_that_were_measured():
+    known = []
+    for path in ROOT.glob("tests/results/benchmark*.json"):
+        known += ratios(json.loads(path.read_text(encoding="utf-8"))["measured"])
+    speed = text_of("README.md").partition("\n## Speed\n")[2].partition("\n## ")[0]
+    written = re.findall(r"([\d.]+) \(([\d.]+)-([\d.]+)\)", speed)
+    assert len(written) > 10
+    for numbers in written:
+        assert any(all(is_rounded(number, "", value) for number, value
+                       in zip(numbers, (statistics.median(turns), min(turns), max(turns))))
+                   for turns in known), numbers
 
 
 @pytest.mark.parametrize("name, command, columns", [

@@ -80,6 +80,17 @@ def test_with_resume_an_option_acts_or_is_refused(parse, script, action):
         "out, or start a new run in another --out")
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_has_a_line_for_every_option_with_its_default(script):
+    parser = importlib.import_module(script).build_parser()
+    shown = " ".join(parser.format_help().split())
+    for action in parser._actions[1:]:
+        help = action.help
+        if action.default is not None and action.nargs != 0:
+            help = f"{help} (default: {action.default})"
+        assert f"{action.option_strings[0]} " in shown and help in shown
+
+
 BAD = {"int": ["-1", "x", "1.5", "9" * 30, ""], "float": ["-1", "x", "nan", "-inf", ""]}
 TYPED = [(script, action) for script, action in CASES if action.type or action.choices]
 

@@ -18,7 +18,7 @@ TINY = {
 FOLDERS = {"rnn": ["classify-gru", "generate-gru"]}  # of the checkpoints; the others have one
 
 
-def launch(folder, count, script, *options):
+def launch(folder, count, script, *options, status=0):
     """Run a script in `count` processes with the environment that torchrun gives them."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -29,7 +29,7 @@ def launch(folder, count, script, *options):
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         started.append(Started(folder, script, *options, "--device", "cpu", env=env))
     done = [process.wait() for process in started]
-    assert [process.returncode for process in done] == [0] * count, done
+    assert [process.returncode for process in done] == [status] * count, done
     return done
 
 
@@ -104,6 +104,10 @@ def test_two_processes_have_the_gradients_of_one(tmp_path, script):
             assert torch.allclose(a, b, atol=1e-5), (a - b).abs().max()
 
 
-def test_a_batch_too_small_to_share_is_one_line(tmp_path):
-    with pytest.raises(AssertionError, match="a step needs at least 4 training examples"):
-        launch(tmp_path, 2, "cnn.py", *TINY["cnn"].split(), "--batch-size", 3)
+def test_an_error_of_all_processes_or_of_the_first_one_ends_them_all(tmp_path):
+    (tmp_path / "file").touch()
+    # Only the first process makes the folder.
+    for options, message in ((["--batch-size", 3], "a step needs at least 4 training examples"),
+                             (["--out", "file/run"], "Not a directory")):
+        for done in launch(tmp_path, 2, "cnn.py", *TINY["cnn"].split(), *options, status=2):
+            assert message in done.stderr and "Traceback" not in done.stderr

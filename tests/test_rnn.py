@@ -149,6 +149,11 @@ def write_table(path, rows):
     return str(path)
 
 
+def read_predictions(folder):
+    lines = (folder / "predictions.tsv").read_text(encoding="utf-8").splitlines()
+    return [line.split("\t") for line in lines]
+
+
 def options(*words):
     return rnn.build_parser().parse_args([str(word) for word in words])
 
@@ -297,13 +302,24 @@ def test_a_measure_counts_whole_answers_and_tokens():
     model = rnn.Seq2Seq(7, 7, hidden=8)
     lengths = torch.tensor([5, 5, 3, 5])
     sequences = rnn.SequenceSet(torch.randint(3, 7, (4, 5)), lengths, torch.ones(4, 6).long())
-    answers = rnn.measure(model, "generate", sequences, CPU)["predicted"]
+    measured = rnn.measure(model, "generate", sequences, CPU)
+    logits = model(sequences.inputs[2:3, :3], lengths[2:3], sequences.targets[2:3, :4], 0.0)
+    expected = F.softmax(logits, dim=2).max(2).values.prod()
+    assert measured["probabilities"][2].item() == pytest.approx(expected.item())
+    answers = measured["predicted"]
     answers[0, 2] += 1
     answers[0, 4] += 1
     answers[1, 5] += 1
     result = rnn.measure(model, "generate", sequences._replace(targets=answers), CPU)
     assert result["accuracy"] == 2 / 4
     assert result["token_accuracy"] == pytest.approx(1 - 3 / (6 + 6 + 4 + 6))
+
+
+def test_predicted_answers_are_listed_up_to_their_end():
+    data = rnn.load_data(options("--synthetic-size", 100), "generate")
+    numbers = [[data.answers.index(token) for token in ("4", "2", "<end>", "7")],
+               [data.answers.index(token) for token in ("4", "2", "7", "7")]]
+    assert rnn.answer_texts(data, torch.tensor(numbers)) == ["42", "4277"]
 
 
 @pytest.mark.parametrize("cell, states", [("lstm", 2), ("gru", 1), ("rnn", 1)])
@@ -366,6 +382,18 @@ def test_own_texts_and_prediction(run, tmp_path):
         ["A good film 3", "up"], ["bad, VERY bad 5", "thumbs down"],
         ["bad, very bad \u4e2d", "thumbs down"]]
     assert all(0.5 < float(line[2]) <= 1 for line in lines)
+    # What is listed is what was measured, and what --predict says.
+    for cell in ("lstm", "gru"):
+        header, *rows = read_predictions(tmp_path / f"runs/rnn/classify-{cell}")
+        assert header == ["input", "target", "prediction", "probability"] and len(rows) == 12
+        hits = [target == prediction for _, target, prediction, _ in rows]
+        assert sum(hits) / 12 == summary["test"][cell]["accuracy"]
+        again = run("rnn.py", "--cells", cell, "--predict", "-",
+                    stdin="\n".join(row[0] for row in rows)).stdout
+        for row, line in zip(rows, again.splitlines()):
+            text, label, probability = line.split("\t")
+            assert [text, label] == [row[0], row[2]]
+            assert float(probability) == pytest.approx(float(row[3]), abs=1e-3)
     assert "<unk>" in done.stderr and "\u4e2d" in done.stderr and done.stderr.count("\n") == 1
     alone = run("rnn.py", "--predict", "bad, VERY bad 5").stdout
     assert alone == done.stdout.splitlines()[1] + "\n"

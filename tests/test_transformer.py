@@ -226,7 +226,8 @@ def test_measure_takes_the_nearest_of_several_targets(monkeypatch):
     monkeypatch.setattr(transformer, "write_targets",
                         lambda model, vocabulary, sources, *_: [answers[s] for s in sources])
     vocabulary = Vocabulary("abxyz")
-    metrics = transformer.measure(small_model(), vocabulary, pairs, CPU)
+    metrics, outputs = transformer.measure(small_model(), vocabulary, pairs, CPU)
+    assert outputs == [("a", "z", "z", 0.9), ("b", "yyy", "yy", 0.5)]
     assert metrics["exact_match"] == 1 / 2
     assert metrics["error_rate"] == 1 / 4  # one "y" is missing; the nearest have 1 + 3 tokens
     source = vocabulary.encode([source for source, _ in pairs], CPU)
@@ -383,7 +384,8 @@ def trained(tmp_path_factory):
 def test_a_run_writes_what_the_design_says(trained):
     out = trained / "out"
     assert {path.name for path in out.iterdir()} == {
-        "last.pt", "best.pt", "history.csv", "summary.json", "curves.png", "attention.png"}
+        "last.pt", "best.pt", "history.csv", "summary.json", "predictions.tsv", "curves.png",
+        "attention.png"}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["script"] == "transformer.py" and summary["data"] == "synthetic"
     assert {"exact_match", "token_accuracy", "error_rate", "loss"} <= set(summary["test"])
@@ -444,21 +446,25 @@ def test_predict_reads_lines_whatever_they_are_batched_with(trained, run):
     assert len({target for _, target, _ in lines}) <= 8
 
 
-def test_predict_says_what_is_wrong(trained, run, tmp_path):
+def test_predict_says_what_is_wrong(trained, run):
     lines, message = predict(run, trained, "-", stdin="ok\n" + "a" * 500, status=2)
     assert lines == [] and "--predict: a text has 500 tokens" in message
-    write(tmp_path / "texts", "abc\n")
-    _, warning = predict(run, trained, "texts")
-    assert "warning: texts " in warning and "--predict - < texts" in warning
 
 
 def test_own_pairs_of_words(run, tmp_path):
     rows = [f"in {a} {b},{b} {a}\n" for a in "abcdef" for b in "uvwxyz"]
     path = write(tmp_path / "pairs.csv", "source,target\n" + "".join(rows))
     kinds = ("--source-tokens", "words", "--target-tokens", "words")
-    done = run("transformer.py", *TINY, *kinds, "--data", path, "--epochs", 1, "--heads", 1)
-    assert "fewer than 30 examples" in done.stderr
+    trained = run("transformer.py", *TINY, *kinds, "--data", path, "--epochs", 1, "--heads", 1)
+    assert "fewer than 30 examples" in trained.stderr
     summary = json.loads((tmp_path / "runs" / "transformer" / "summary.json").read_text())
     assert summary["data"] == path
-    done = run("transformer.py", "--predict", "in  a u", "--source-tokens", "words")
-    assert done.stdout.startswith("in a u\t")
+    text = (tmp_path / "runs/transformer/predictions.tsv").read_text(encoding="utf-8")
+    listed = [line.split("\t") for line in text.splitlines()[1:]]
+    assert len(listed) == 4 and "\n".join(text.splitlines()[1:4]) in trained.stdout
+    expected = {source: target for source, target in (row[:-1].split(",") for row in rows)}
+    assert all(expected[source] == target for source, target, *_ in listed)
+    done = run("transformer.py", "--predict", *(row[0] for row in listed), "in  a u")
+    *lines, last = (line.split("\t") for line in done.stdout.splitlines())
+    assert lines == [[source, *prediction] for source, _, *prediction in listed]
+    assert last[0] == "in a u"
