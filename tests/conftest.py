@@ -15,6 +15,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+# A small run of each script, which takes about a second an epoch.
+TINY = {
+    "cnn": "--data synthetic --synthetic-size 600 --widths 4 4 4 --hidden 8",
+    "rnn": "--synthetic-size 300 --hidden 8 --cells gru --batch-size 40",
+    "gan": "--data synthetic --limit 300 --width 4",
+    "transformer": "--synthetic-size 300 --d-model 8 --heads 2 --d-ff 8 --layers 1"}
+
 # Child processes are forked from a server that has imported what takes seconds to import and has
 # computed nothing: else CUDA would not work in a fork, nor the autograd of PyTorch 1.7.
 CHILDREN = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")

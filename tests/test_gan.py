@@ -3,14 +3,12 @@
 import copy
 import csv
 import json
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Started
 from PIL import Image, ImageSequence
 from torch import nn
 
@@ -311,26 +309,6 @@ def test_cifar10_as_torchvision_keeps_it(cifar10, monkeypatch):
                                      "--epochs", "1", "--width", "4", "--device", "cpu"])
     gan.main()
     assert json.loads(Path("runs/gan/summary.json").read_text())["data"] == "cifar10"
-
-
-def test_an_interrupted_run_resumes_to_the_same_weights(run, tmp_path):
-    options = [*TINY, "--epochs", 4, "--batch-size", 50]
-    run("gan.py", *options, "--out", "whole")
-    cut = Started(tmp_path, "gan.py", *options, "--out", "cut")
-    while "epoch  2/4" not in cut.output() and cut.process.is_alive():
-        time.sleep(0.02)
-    cut.process.terminate()
-    done = cut.wait()
-    assert done.returncode == 130 and done.stderr.endswith("--out cut --resume\n")
-    run("gan.py", "--resume", "--out", "cut")
-    first = common.load_checkpoint(tmp_path / "whole" / "last.pt", "gan.py")
-    second = common.load_checkpoint(tmp_path / "cut" / "last.pt", "gan.py")
-    for name in ("generator", "discriminator", "generator_ema"):
-        assert all(first[name][key].equal(second[name][key]) for key in first[name])
-    for name in ("epoch_001.png", "epoch_004.png", "final.png", "progress.gif"):
-        expected = (tmp_path / "whole" / "images" / name).read_bytes()
-        assert (tmp_path / "cut" / "images" / name).read_bytes() == expected
-    assert not (tmp_path / "images").exists()
 
 
 def test_resume_refuses_other_images_to_evaluate_on(run, tmp_path, monkeypatch):

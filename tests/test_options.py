@@ -8,15 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import TINY
 
 import common
 
-SCRIPTS = ("cnn", "rnn", "gan", "transformer")
-TINY = {
-    "cnn": "--data synthetic --synthetic-size 100 --widths 2 2 2 --hidden 4 --epochs 1",
-    "rnn": "--synthetic-size 100 --hidden 4 --tasks classify --cells gru --epochs 1",
-    "gan": "--data synthetic --limit 200 --width 2 --epochs 1",
-    "transformer": "--synthetic-size 100 --d-model 4 --heads 2 --d-ff 4 --layers 1 --epochs 1"}
 
 
 def options(script):
@@ -25,7 +20,7 @@ def options(script):
             if action.dest not in ("help", "resume", "predict", "sample")]
 
 
-CASES = [(script, action) for script in SCRIPTS for action in options(script)]
+CASES = [(script, action) for script in TINY for action in options(script)]
 NAMES = [f"{script} {action.option_strings[0]}" for script, action in CASES]
 
 
@@ -80,7 +75,7 @@ def test_with_resume_an_option_acts_or_is_refused(parse, script, action):
         "out, or start a new run in another --out")
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TINY)
 def test_help_has_a_line_for_every_option_with_its_default(script):
     parser = importlib.import_module(script).build_parser()
     shown = " ".join(parser.format_help().split())
@@ -130,9 +125,9 @@ def test_of_several_checkpoints_the_newest_has_the_options(parse):
     assert parse("rnn", ["--resume", "--out", "run"]).epochs == 20
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TINY)
 def test_a_run_resumes_with_more_epochs_and_its_own_options(run, script):
-    run(f"{script}.py", *TINY[script].split(), "--out", "run")
+    run(f"{script}.py", *TINY[script].split(), "--epochs", 1, "--out", "run")
     done = run(f"{script}.py", "--resume", "--out", "run", "--epochs", 2)
     assert ("warning: another --epochs changes the length of the schedule, so the learning rate "
             "jumps\n") in done.stderr

@@ -5,16 +5,10 @@ import socket
 
 import pytest
 import torch
-from conftest import ROOT, Started
+from conftest import ROOT, TINY, Started
 
 import common
 
-SCRIPTS = ("cnn", "rnn", "gan", "transformer")
-TINY = {
-    "cnn": "--data synthetic --synthetic-size 600 --widths 4 4 4 --hidden 8",
-    "rnn": "--synthetic-size 300 --hidden 8 --cells gru --batch-size 40",
-    "gan": "--data synthetic --limit 300 --width 4",
-    "transformer": "--synthetic-size 300 --d-model 8 --heads 2 --d-ff 8 --layers 1"}
 FOLDERS = {"rnn": ["classify-gru", "generate-gru"]}  # of the checkpoints; the others have one
 
 
@@ -33,7 +27,7 @@ def launch(folder, count, script, *options, status=0):
     return done
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TINY)
 def test_a_run_goes_on_in_another_number_of_processes(tmp_path, script):
     options = ["--out", "run", "--epochs", 1, *TINY[script].split()]
     first, second = launch(tmp_path, 2, f"{script}.py", *options)
@@ -85,7 +79,7 @@ def gradients(checkpoint):
     return found
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", TINY)
 def test_two_processes_have_the_gradients_of_one(tmp_path, script):
     rows = [f"{i:04}\t{9999 - i}" for i in range(200)]
     (tmp_path / "pairs.tsv").write_text("\n".join(["source\ttarget", *rows]))

@@ -2,10 +2,7 @@
 
 import csv
 import json
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -263,38 +260,6 @@ def test_runs_of_other_scripts_are_not_those_of_rnn(tmp_path):
         (tmp_path / name / "last.pt").touch()
     args = rnn.build_parser().parse_args(["--out", str(tmp_path)])
     assert sorted(path.parent.name for path in common.find_files(args, "*.pt")) == sorted(names)
-
-
-# A run that is interrupted after one epoch of one training.
-STOP = """
-import common, rnn
-save = common.save_epoch
-def save_and_stop(folder, args, history, *others):
-    save(folder, args, history, *others)
-    if folder.name == "{}" and len(history) == 1:
-        raise KeyboardInterrupt
-common.save_epoch = save_and_stop
-common.run_main(rnn.main)
-"""
-
-
-def test_resume_is_bit_for_bit_whichever_training_was_interrupted(run, tmp_path):
-    words = [*SMALL, "--dropout", 0.2, "--teacher-forcing", 0.5, "--cells", "gru"]
-    run("rnn.py", *words, "--out", "whole")
-    script = tmp_path / "job.py"
-    environment = {**os.environ, "PYTHONPATH": os.path.dirname(common.__file__)}
-    for training, given in (("classify-gru", words), ("generate-gru", ["--resume"])):
-        script.write_text(STOP.format(training))
-        command = [sys.executable, str(script), "--out", "parts", *map(str, given)]
-        done = subprocess.run(command, cwd=str(tmp_path), env=environment, timeout=300,
-                              stderr=subprocess.PIPE, universal_newlines=True)
-        assert done.returncode == 130 and "--out parts --resume" in done.stderr
-    run("rnn.py", "--out", "parts", "--resume")
-    for training in ("classify-gru", "generate-gru"):
-        one, other = (common.load_checkpoint(tmp_path / out / training / "last.pt", "rnn.py")
-                      for out in ("whole", "parts"))
-        assert all(torch.equal(one["model"][key], other["model"][key]) for key in one["model"])
-        assert len(one["history"]) == len(other["history"]) == 2
 
 
 def test_a_measure_counts_whole_answers_and_tokens():
