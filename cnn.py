@@ -42,7 +42,7 @@ class Dataset(NamedTuple):
     train: ImageSet
     validation: ImageSet
     test: ImageSet
-    test_files: list  # of each image in the test set; empty if they are not the user's
+    test_files: list  # of the images in the test set; empty if --data is not a folder
 
 
 # Each shape is a star: the number of its tips, and the distance of its notches from the center,
@@ -137,9 +137,9 @@ def find_sets(root: Path) -> dict:
 def load_image_folder(args: Namespace) -> tuple:
     """Load `train/<class>/` with or without `val/` and `test/`, or just `<class>/`.
 
-    Returns {"train": (images, labels, numbers of their files), ...}, uint8 (N, size, size, 3),
-    int64 (N,) and int64 (N,), in random order; the class names; and the files of all sets. Raises
-    UserError if the folder has another structure.
+    Returns {"train": (images, labels, numbers), ...}, uint8 (N, size, size, 3), int64 (N,) and
+    int64 (N,), in random order; the class names; and a list of all files: image i of a set is
+    files[numbers[i]]. Raises UserError if the folder has another structure.
     """
     root = Path(args.data)
     if not root.is_dir():
@@ -176,8 +176,8 @@ def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names. Replace `auto` with `cifar10` or, if it cannot be loaded, with
     `synthetic`, so that a resumed run has the same data.
     """
+    files = []  # stays empty unless --data is a folder
     # Each branch sets `sets` and `classes`; `auto` ends in the first, or else in the last one.
-    files = []
     if args.data in ("auto", "cifar10"):
         if args.size != 32:
             raise common.UserError("--size: the images of CIFAR-10 have 32 x 32 pixels")
