@@ -399,10 +399,11 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
         history.append(row)
-        # One string on two lines, whose fields are columns of the history.
+        # One string on three lines, whose fields are columns of the history.
         print("epoch {epoch:2}/{epochs}  loss: training (smoothed) {train_loss:.3f}, validation "
-              "{validation_loss:.3f}; accuracy: {train_accuracy:.1%}, {validation_accuracy:.1%}  "
-              "{seconds:.1f} s".format(epochs=args.epochs, **row), flush=True)
+              "{validation_loss:.3f}; accuracy: training {train_accuracy:.1%}, validation "
+              "{validation_accuracy:.1%}  {seconds:.1f} s".format(epochs=args.epochs, **row),
+              flush=True)
         # Saved if this epoch is the best so far, which the validation set alone decides.
         best = {"model": model.state_dict(), "options": options, "classes": data.classes,
                 "flip": flip}

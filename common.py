@@ -337,7 +337,7 @@ def run_folder(args: Namespace) -> Iterator[Path]:
     if folder in (Path.cwd(), *Path.cwd().parents):
         raise UserError(f"--out {args.out} holds more than a run; name a folder of its own")
 
-    locks = []
+    locks = []  # file descriptors
 
     def prepare():
         if find_files(args, "*.pt") and not args.resume:
@@ -569,10 +569,10 @@ def print_report(report: dict) -> None:
 
 def write_predictions(folder: Path, inputs: list, targets: list, predictions: list,
                       probabilities: list) -> None:
-    """Write predictions.tsv: first the mistakes, then the correct predictions, of both the most
-    probable first. Print the first three.
+    """Write predictions.tsv: the mistakes, then the correct predictions, in both groups the most
+    probable first. Print the first three lines.
 
-    inputs, targets, predictions: a text for each test example.
+    inputs, targets, predictions: a text for each test example; probabilities: of the predictions.
     """
     rows = sorted(zip(inputs, targets, predictions, probabilities),
                   key=lambda row: (row[1] == row[2], -row[3]))
@@ -580,7 +580,7 @@ def write_predictions(folder: Path, inputs: list, targets: list, predictions: li
     text = "\n".join(["input\ttarget\tprediction\tprobability", *lines, ""])
     path = folder / "predictions.tsv"
     write_or_warn(path, lambda path: path.write_text(text, "utf-8", "surrogateescape"))
-    print(f"predictions (input, target, prediction, probability), all in {path}:")
+    print(f"the first lines of {path} (input, target, prediction, probability):")
     print("\n".join(lines[:3]))
 
 

@@ -55,7 +55,7 @@ class Dataset(NamedTuple):
     train: SequenceSet
     validation: SequenceSet
     test: SequenceSet
-    test_texts: list
+    test_texts: list  # as they were read, before they are split into tokens
 
 
 def temporal_order(count: int, seed: int) -> list:
@@ -489,6 +489,7 @@ def measure(model: nn.Module, task: str, sequences: SequenceSet, device: torch.d
             logits = model(*batch, 0.0)
             loss += cross_entropy(logits, batch.targets, reduction="sum").item()
             count += batch.targets.numel()
+            # (N,) each, of classes, or (N, T), of tokens; `shape` is (N, 1) or (N, T).
             log_probability, likeliest = F.log_softmax(logits, dim=-1).max(-1)
             shape = batch.targets.shape
             predicted[indices, :shape[1]] = likeliest.view(shape).cpu()
@@ -547,7 +548,7 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
 
 
 def answer_texts(data: Dataset, numbers: Tensor) -> list:
-    """Return the answers that targets or predictions stand for. After its END, an answer is cut."""
+    """Return the text of each target or prediction, int64 (N, length), up to its END."""
     texts = ["".join(data.answers[i] for i in row) for row in numbers]
     return [text.partition(SPECIAL[END])[0] for text in texts]
 

@@ -54,7 +54,7 @@ TASKS = {
 
 def synthetic_pairs(task: str, count: int, low: int, high: int, seed: int) -> list:
     """Return `count` pairs of texts (source, target), no source twice. A source has `low` to `high`
-    random letters; for `add`, two numbers of as many digits.
+    random letters; for `add`, two numbers of that many digits.
     """
     rng = random.Random(seed)
     sources = set()
@@ -478,7 +478,7 @@ def train(args: Namespace, data: Dataset, folder: Path, device: torch.device) ->
             metrics.append({"train_loss": loss.detach(), "train_token_accuracy": accuracy,
                             "gradient_norm": norm, "clipped": norm > args.clip})
 
-        # Faster than in the test: autocast, and greedy decoding, as measure() has a beam of 1.
+        # Faster than in the test: autocast, and greedy decoding, measure()'s own default.
         with autocast:
             validation, _ = common.on_first_process(measure, model, data.vocabulary,
                                                     data.validation, device)

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# A small run of each script, which takes about a second an epoch.
+# The options of a small run of each script.
 TINY = {
     "cnn": "--data synthetic --synthetic-size 600 --widths 4 4 4 --hidden 8",
     "rnn": "--synthetic-size 300 --hidden 8 --cells gru --batch-size 40",

@@ -377,8 +377,10 @@ def test_variables_that_torchrun_did_not_set_are_ignored_or_one_line(tmp_path, n
     (tmp_path / "x.py").write_text(PRINTING.format(root=str(ROOT)))
     done = subprocess.run([sys.executable, str(tmp_path / "x.py")], env={**os.environ, name: "2"},
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
-    assert done.returncode == status and done.stdout.endswith("99999\n" if status == 0 else "")
-    if status == 2:
+    assert done.returncode == status
+    if status == 0:
+        assert done.stdout.endswith("\n99999\n") and done.stderr == ""
+    else:
         assert done.stderr.startswith("x.py: error: WORLD_SIZE is set, but not by torchrun: ")
         assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
 
