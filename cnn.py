@@ -9,7 +9,6 @@ Plots and checkpoints go to runs/cnn (--out). cnn.md explains every part.
 
 from __future__ import annotations
 
-import re
 import shlex
 import time
 import zlib
@@ -88,95 +87,71 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
     return ImageSet(torch.from_numpy(images), torch.from_numpy(labels).long())
 
 
-# Folder names, in lower case, of a data set that is already split; similar names are an error.
-SET_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
-LOOKS_LIKE_A_SET = (r"(.+[-_ ])?(train|test|val|dev|eval|holdout)(id|idation|ing)?[-_ ]*"
-                    r"(set|data|images)?\d*")
-
-
-def subfolders(folder: Path) -> dict:
-    """{name: path} of the folders in a folder, without hidden and system folders.
-
-    They are sorted by their normalized names, so that a class has the same number in each set.
-    """
-    paths = [path for path in folder.iterdir()
-             if path.is_dir() and common.is_visible(path.name)]
-    by_name = {common.clean_text(path.name): path for path in paths}
-    if len(by_name) < len(paths):
-        raise common.UserError(f"--data {folder}: the names of two folders differ only in white "
-                               "space or in how accents are stored; merge or rename them")
-    return dict(sorted(by_name.items()))
+def subfolders(folder: Path) -> list:
+    """Return the sorted names of the folders in a folder, without hidden ones."""
+    return sorted(path.name for path in folder.iterdir()
+                  if path.is_dir() and not path.name.startswith("."))
 
 
 def find_sets(root: Path) -> dict:
     """{"train": folder, "val": folder, "test": folder}, or {"train": root} if it is not split.
 
-    Split: there is a folder train, which holds folders, perhaps val and test, and no other folder.
-    Not split: all folders are classes; one of them may be called train, as in vehicles/train.
-    Anything else is an error.
+    Split: there is a folder train, perhaps val and test, and no other folder. Not split: no name of
+    a folder contains one of these words. Anything else is an error.
     """
-    folders = subfolders(root)
-    sets = {}
-    for name, path in folders.items():
-        key = SET_NAMES.get(name.lower())  # None if it is not the name of a set
-        if key in sets:
-            raise common.UserError(f"--data {root}: {name} is a second folder for the {key} set")
-        if key:
-            sets[key] = path
-        elif re.fullmatch(LOOKS_LIKE_A_SET, name.lower()):
-            raise common.UserError(f"--data {root}: rename {name} to train, val or test; or, if it "
-                                   "is a class, move all class folders into a folder train")
-    if not sets or (list(sets) == ["train"] and not subfolders(sets["train"])):
-        return {"train": root}
-    if "train" not in sets or len(sets) < len(folders):
-        raise common.UserError(f"--data {root}: found {', '.join(folders)}; expected train, with "
-                               "or without val and test, and nothing else; put classes into them")
-    return sets
+    names = subfolders(root)
+    if "train" in names and set(names) <= {"train", "val", "test"}:
+        return {name: root / name for name in names}
+    suspects = [name for name in names
+                if any(word in name.lower() for word in ("train", "val", "test"))]
+    if suspects:
+        raise common.UserError(f"--data {root}: is {', '.join(suspects)} a set or a class? Name "
+                               "sets train, val and test, with no other folder beside them; or "
+                               "move all classes into a folder train")
+    return {"train": root}
 
 
 def load_image_folder(args: Namespace) -> tuple:
     """Load `train/<class>/` with or without `val/` and `test/`, or just `<class>/`.
 
-    Returns {"train": (images, labels, numbers), ...}, uint8 (N, size, size, 3), int64 (N,) and
-    int64 (N,), in random order; the class names; and a list of all files: image i of a set is
-    files[numbers[i]]. Raises UserError if the folder has another structure.
+    Returns {"train": (images, labels, paths), ...}, uint8 (N, size, size, 3), int64 (N,) and an
+    array of N strings, in random order; and the class names. Raises UserError if the folder has
+    another structure.
     """
     root = Path(args.data)
     if not root.is_dir():
         raise common.UserError(f"--data {root}: neither a folder nor auto, cifar10 or synthetic")
     common.check_apart(args.data, args.out)
     folders = find_sets(root)
-    classes = list(subfolders(folders["train"]))
+    classes = subfolders(folders["train"])
     if len(classes) < 2:
         raise common.UserError(f"--data {root}: {folders['train']} has {len(classes)} class "
                                "folder(s); at least two are needed")
     sets = {}
-    all_files = []
     for name, folder in folders.items():
         difference = set(classes) ^ set(subfolders(folder))
         if difference:
             raise common.UserError(f"--data {root}: {folder} and {folders['train']} must have the "
-                                   f"same class folders; one lacks {', '.join(sorted(difference))}")
+                                   "same class folders, some of which may be empty; one lacks "
+                                   f"{', '.join(sorted(difference))}")
         files = []  # (path, label)
-        for label, path in enumerate(subfolders(folder).values()):
-            files += [(file, label) for file in common.image_files(path)]
+        for label, class_name in enumerate(classes):
+            files += [(path, label) for path in common.image_files(folder / class_name)]
         if not files:
             raise common.UserError(f"--data {root}: there are no files in {folder}")
         np.random.default_rng(args.seed).shuffle(files)
         if name == "train":  # before reading, which takes long
             files = files[:args.limit]
-        images, kept = common.read_images([path for path, _ in files], args.size)
-        labels = torch.tensor([files[i][1] for i in kept])
-        sets[name] = images, labels, len(all_files) + torch.arange(len(kept))
-        all_files += [files[i][0] for i in kept]
-    return sets, classes, all_files
+        paths, labels = zip(*files)
+        images, kept = common.read_images(paths, args.size)
+        sets[name] = images, torch.tensor(labels)[kept], np.array(paths)[kept]
+    return sets, classes
 
 
 def load_data(args: Namespace) -> Dataset:
     """Load what `--data` names. Replace `auto` with `cifar10` or, if it cannot be loaded, with
     `synthetic`, so that a resumed run has the same data.
     """
-    files = []  # stays empty unless --data is a folder
     # Each branch sets `sets` and `classes`; `auto` ends in the first, or else in the last one.
     if args.data in ("auto", "cifar10"):
         if args.size != 32:
@@ -190,24 +165,24 @@ def load_data(args: Namespace) -> Dataset:
             common.warn(f"{error}; training on synthetic shapes instead")
             args.data = "synthetic"  # so that the last branch below makes the sets
     elif args.data != "synthetic":
-        sets, classes, files = load_image_folder(args)
+        sets, classes = load_image_folder(args)
     if args.data == "synthetic":  # asked for, or the fallback
         classes = list(SHAPES)
         sets = {"train": synthetic_shapes(args.synthetic_size, args.size, args.seed),
                 "test": synthetic_shapes(args.synthetic_size // 5, args.size, args.seed + 10**9)}
     # Of a folder, no more than --limit images have been read anyway.
-    sets["train"] = [tensor[:args.limit] for tensor in sets["train"]]
+    sets["train"] = [part[:args.limit] for part in sets["train"]]
     # Takes "val" and "test", where missing, from "train". Of an image in two sets, the copy in the
     # test set stays, or else that in the validation set.
     common.make_disjoint_sets(sets, args.seed)
-    test_files = [files[number] for number in sets["test"][2]] if files else []
-    return Dataset(args.data, classes,
-                   *(ImageSet(*sets[name][:2]) for name in ("train", "val", "test")), test_files)
+    train, validation, test = (ImageSet(*sets[name][:2]) for name in ("train", "val", "test"))
+    # The paths of the test images, if they come from a folder: else there is no third part.
+    test_files = [path for paths in sets["test"][2:] for path in paths]
+    return Dataset(args.data, classes, train, validation, test, test_files)
 
 
 def describe_classes(data: Dataset) -> None:
-    """Print the number of training images of each class; warn if those of a class are all the
-    same, or each of a single color.
+    """Print the number of training images of each class. Warn if those of a class are all the same.
 
     Raises UserError if a class has none.
     """
@@ -216,10 +191,10 @@ def describe_classes(data: Dataset) -> None:
         images = data.train.images[data.train.labels == label]
         counts.append(f"{name} {len(images):,}")
         if len(images) == 0:
-            raise common.UserError(f"--data {data.name}: no training image of the class {name} is "
-                                   "left; add others, or raise --limit")
-        if (images == images[0]).all() or (images == images[:, :1, :1]).all():
-            common.warn(f"the training images of {name} are all the same, or each of one color")
+            raise common.UserError(f"--data {data.name}: no readable training image of the class "
+                                   f"{name} is left; add others, or raise --limit")
+        if (images == images[0]).all():
+            common.warn(f"the training images of {name} are all the same")
     print(", ".join(counts))
 
 
@@ -472,7 +447,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
         "loss": {"training, with --label-smoothing": "train_loss", "validation": "validation_loss"},
         "fraction correct": {"training": "train_accuracy", "validation": "validation_accuracy"},
         "gradient norm": {"before clipping": "gradient_norm"}})
-    common.save_figure(folder / "curves.png", figure)
+    figure.savefig(folder / "curves.png")
     draw_confusion(folder / "confusion.png", logits.argmax(1), labels, data.classes,
                    f"{title}: test accuracy {test['accuracy']:.2%}")
     draw_predictions(folder / "predictions.png", data, logits, title)
@@ -507,7 +482,7 @@ def draw_confusion(path: Path, predicted: Tensor, labels: Tensor, classes: list,
         for (row, column), number in np.ndenumerate(confusion.numpy()):
             color = "white" if fraction[row, column] > 0.5 else "black"
             axis.text(column, row, number, color=color, fontsize=8, ha="center", va="center")
-    common.save_figure(path, figure)
+    figure.savefig(path)
 
 
 def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> None:
@@ -532,7 +507,7 @@ def draw_predictions(path: Path, data: Dataset, logits: Tensor, title: str) -> N
             if not correct[i]:
                 text += f"\ntrue: {data.classes[data.test.labels[i]]}"
             axis.set_title(common.escape_dollars(text), fontsize=font_size, color=color)
-    common.save_figure(path, figure)
+    figure.savefig(path)
 
 
 def load_model(path: Path, device: torch.device) -> tuple:
@@ -540,7 +515,7 @@ def load_model(path: Path, device: torch.device) -> tuple:
     checkpoint = common.load_checkpoint(path, "cnn.py")
     model = CNN(**checkpoint["options"])  # mean and std come with the weights
     model.load_state_dict(checkpoint["model"])
-    return model.to(device), checkpoint
+    return model.to(device).eval(), checkpoint
 
 
 def predict(args: Namespace, device: torch.device) -> None:

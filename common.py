@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import glob
 import io
 import json
 import math
@@ -142,13 +143,14 @@ def shuffled_batches(count: int, batch_size: int, *seed: int) -> Tensor:
     seed: integers that seed the order (none, if only the number of steps matters). A batch has at
     most `count` examples; the last, incomplete one is dropped.
     """
-    batch_size = min(batch_size, count) // WORLD * WORLD  # of all processes together
+    batch_size = min(batch_size, count)
+    batch_size -= batch_size % WORLD  # each process has an equal share
     if batch_size < 2 * WORLD:  # batch norm needs two examples
         raise UserError(f"--batch-size: a step needs at least {2 * WORLD} training examples; "
                         "provide more, or a larger --batch-size")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(count)).long()
-    used = count // batch_size * batch_size
-    return order[:used].view(-1, batch_size)[:, RANK::WORLD]
+    steps = count // batch_size
+    return order[:steps * batch_size].view(steps, batch_size)[:, RANK::WORLD]
 
 
 # ---------------------------------------------------------------- Device and precision
@@ -279,21 +281,21 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     args = parser.parse_args()
     if not args.resume:
         return args
-    # Of several, the newest has the options of the latest command. If there is none, the error
-    # names the default.
-    path = max(find_files(args, "last.pt"), key=os.path.getmtime, default=Path(args.out, "last.pt"))
+    paths = sorted(find_files(args, "last.pt"), key=os.path.getmtime)
+    # The newest has the options of the latest command. If there is none, the error names this one.
+    path = paths[-1] if paths else Path(args.out, "last.pt")
     saved = load_checkpoint(path, args.script)["options"]
     # Parse again: what is given on the command line overrides what was saved.
     parser.set_defaults(**saved)
     # The folder may have been renamed, and this machine may have no compiler.
     parser.set_defaults(out=args.out, compile=args.compile)
     args = parser.parse_args()
-    # script, subfolders and checksum are saved, too, but are no options: they are always equal now.
-    for name in sorted(saved.keys() - RESUMABLE):
-        if getattr(args, name) != saved[name]:
+    # Among them are script, subfolders and checksum, which no option can change.
+    for name, value in saved.items():
+        if name not in RESUMABLE and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag}: the run in {args.out} was started with {saved[name]}; leave "
-                            f"{flag} out, or start a new run in another --out")
+            raise UserError(f"{flag}: the run in {args.out} was started with {value}; leave {flag} "
+                            "out, or start a new run in another --out")
     if args.epochs != saved["epochs"]:
         warn("another --epochs changes the length of the schedule, so the learning rate jumps")
     return args
@@ -304,7 +306,10 @@ def parse_options(parser: ArgumentParser) -> Namespace:
 
 def find_files(args: Namespace, pattern: str) -> list:
     """The checkpoints of the run in --out whose names match a glob pattern."""
-    return [path for name in args.subfolders for path in Path(args.out, name).glob(pattern)]
+    paths = []
+    for name in args.subfolders:
+        paths += Path(args.out, name).glob(pattern)
+    return paths
 
 
 def lock(folder: Path, locks: list) -> None:
@@ -422,22 +427,15 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict, best: 
                         "--clip (checkpoints of earlier epochs are kept)")
     if RANK > 0:
         return
-    lines = [history[0].keys(), *(row.values() for row in history)]
-    table = "\n".join(",".join(map(str, line)) for line in lines)
-    write_or_warn(folder / "history.csv", lambda path: path.write_text(table + "\n"))
+    with open(folder / "history.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, history[0], lineterminator="\n")
+        table.writeheader()
+        table.writerows(history)
     if epochs_since_best(history, score) == 0:
         save_checkpoint(folder / "best.pt", {**best, "script": args.script, "metrics": history[-1]})
     last = {name: part.state_dict() for name, part in state.items()}
     last.update(script=args.script, options=vars(args), history=history)
     save_checkpoint(folder / "last.pt", last)
-
-
-def write_or_warn(path: Path, write: Callable) -> None:
-    """Call write(path); warn if that is not permitted, for example because the file is open."""
-    try:
-        write(path)
-    except PermissionError as error:
-        warn(f"{path} was not written: {error.strerror}")
 
 
 def write_summary(folder: Path, args: Namespace, history: list, test: dict) -> None:
@@ -447,8 +445,7 @@ def write_summary(folder: Path, args: Namespace, history: list, test: dict) -> N
     summary = {"script": args.script, "data": args.data, "options": options, "test": test,
                "seconds": sum(row["seconds"] for row in history),
                "versions": {"python": sys.version, "torch": torch.__version__}}
-    text = json.dumps(summary, indent=2) + "\n"
-    write_or_warn(folder / "summary.json", lambda path: path.write_text(text))
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- Training
@@ -521,8 +518,8 @@ def epochs_to_train(args: Namespace, history: list, score: Callable) -> Iterator
     waits until the warm-up is over. The caller appends a row to `history` in each epoch.
     """
     while len(history) < args.epochs:
-        warmed_up = len(history) > args.warmup * args.epochs  # False if there is no history
-        if warmed_up and epochs_since_best(history, score) >= args.patience:
+        warmed_up = len(history) > args.warmup * args.epochs
+        if history and warmed_up and epochs_since_best(history, score) >= args.patience:
             print(f"early stopping: no improvement on validation for {args.patience} epochs")
             break
         epoch = len(history) + 1
@@ -574,12 +571,14 @@ def write_predictions(folder: Path, inputs: list, targets: list, predictions: li
 
     inputs, targets, predictions: a text for each test example; probabilities: of the predictions.
     """
-    rows = sorted(zip(inputs, targets, predictions, probabilities),
-                  key=lambda row: (row[1] == row[2], -row[3]))
+    def order(row):
+        _, target, prediction, probability = row
+        return target == prediction, -probability  # False, a mistake, comes before True
+    rows = sorted(zip(inputs, targets, predictions, probabilities), key=order)
     lines = ["{}\t{}\t{}\t{:.4g}".format(*row) for row in rows]
     text = "\n".join(["input\ttarget\tprediction\tprobability", *lines, ""])
     path = folder / "predictions.tsv"
-    write_or_warn(path, lambda path: path.write_text(text, "utf-8", "surrogateescape"))
+    path.write_text(text, "utf-8", "surrogateescape")
     print(f"the first lines of {path} (input, target, prediction, probability):")
     print("\n".join(lines[:3]))
 
@@ -597,10 +596,6 @@ def escape_dollars(text: str) -> str:
     UTF-8, as in some file names.
     """
     return text.encode(errors="replace").decode().replace("$", r"\$")
-
-
-def save_figure(path: Path, figure: Any) -> None:
-    write_or_warn(path, figure.savefig)
 
 
 # A legend stands above its panel, where it covers no curve.
@@ -647,8 +642,8 @@ def plot_history(history: list, args: Namespace, title: str, panels: dict) -> tu
 def split_tenths(contents: list, groups: list, seed: int) -> Tensor:
     """Assign each example to one of ten parts: int64 (N,), 0 to 9.
 
-    Equal contents are in the same part (their group is that of the last one), and each group is
-    spread evenly over the parts.
+    Equal contents are in the same part, and each group is spread evenly over the parts. If equal
+    contents have different groups, the last one counts.
     """
     generator = random.Random(seed)
     group_of = dict(zip(contents, groups))
@@ -662,8 +657,8 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
     """Take a tenth of "train" for each of "test" and "val" that is missing; then leave no image in
     two sets, and none twice in "test" or "val".
 
-    sets: {"train": (images, labels), ...}, changed in place; there may be more tensors with a row
-    for each image. Images with the same pixels are equal.
+    sets: {"train": (images, labels), ...}, changed in place; there may be more parts with a row for
+    each image. Images with the same pixels are equal.
     """
     def contents(images):  # the hashes differ between runs; only which are equal matters
         return [hash(image.tobytes()) for image in images.numpy()]
@@ -671,7 +666,8 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
     part = split_tenths(contents(images), labels.tolist(), seed)
     # If a set was given, its tenth stays in "train".
     for tenth, name in enumerate(("test", "val")):
-        sets.setdefault(name, [tensor[part == tenth] for tensor in sets["train"]])
+        chosen = (part == tenth).tolist()
+        sets.setdefault(name, [rows[chosen] for rows in sets["train"]])
     # Remove from each set the images of the sets before it; so "train" loses what was taken above.
     seen = set()
     for name in ("test", "val", "train"):
@@ -684,7 +680,7 @@ def make_disjoint_sets(sets: dict, seed: int) -> None:
             new.append(key not in seen)
             if name != "train":  # in training, a copy counts as one more example
                 seen.add(key)
-        sets[name] = [tensor[new] for tensor in sets[name]]
+        sets[name] = [rows[new] for rows in sets[name]]
 
 
 def describe_sets(name: str, device: torch.device, *sets: Sequence) -> None:
@@ -706,34 +702,43 @@ def clean_text(text: str) -> str:
 def read_table(path: str, names: tuple) -> list:
     """Return the columns `names` of a CSV or TSV file in UTF-8, as a list of tuples.
 
-    The first line names the columns. Raises UserError with the number of a line that does not fit.
+    The first line names the columns. Rows with an empty cell in one of them are skipped. Raises
+    UserError with the number of a line that does not fit.
     """
     try:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except ValueError:
         raise UserError(f"--data {path}: not a text file in UTF-8 (is it .xlsx or .gz?); save the "
                         "table as CSV in UTF-8") from None
-    tabs = {}
-    if "\t" in text.partition("\n")[0]:  # a TSV file, whose quotation marks are kept as they are
-        tabs = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    separator = max(",;\t", key=text.partition("\n")[0].count)  # what the first line has most of
+    # In a TSV file, quotation marks are kept as they are.
+    quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     csv.field_size_limit(10**9)  # characters in a cell
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True, **tabs)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, quoting=quoting,
+                        skipinitialspace=True, strict=True)
     rows = []
+    skipped = []  # line numbers
     try:
         header = [cell.strip(' "').lower() for cell in next(reader, [])]
+        if not set(names) <= set(header):
+            raise ValueError(f"the columns are {', '.join(header)[:200]}")
         columns = [header.index(name) for name in names]
-        for row in filter(None, reader):
+        for row in filter(any, reader):  # without blank lines
             if len(row) != len(header):
-                raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; in a CSV "
-                                 "file, a text with a comma in it needs quotation marks around it")
+                raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; a text "
+                                 "with a separator or a line break in it needs quotation marks "
+                                 "around it, in a CSV file")
             cells = tuple(clean_text(row[column]) for column in columns)
-            if "" in cells or tuple(map(str.lower, cells)) == names:
-                raise ValueError("an empty cell or a repeated header; correct or delete the line")
-            rows.append(cells)
+            if "" in cells:
+                skipped.append(reader.line_num)
+            else:
+                rows.append(cells)
     except (ValueError, csv.Error) as error:
         raise UserError(f"--data {path}, line {reader.line_num}: {error} (the first line must name "
-                        f"the columns {' and '.join(names)}; commas or tabs separate them)"
-                        ) from None
+                        f"the columns {' and '.join(names)}; commas, semicolons or tabs separate "
+                        "them)") from None
+    if skipped:
+        warn(f"{path}: skipped {len(skipped)} rows with an empty cell, in lines {skipped[:10]}")
     if not rows:
         raise UserError(f"--data {path}: there are no rows below the header")
     return rows
@@ -759,17 +764,10 @@ def read_image(path: str, size: int) -> np.ndarray:
     try:
         image = Image.open(path)
         image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
-        image.load()  # Pillow reports damaged pixels only once: not where errors are ignored
-        if image.format != "TIFF":  # those are rotated by load()
-            with contextlib.suppress(Exception):  # ignores a broken EXIF record
-                image = ImageOps.exif_transpose(image)
+        if image.format != "TIFF":  # Pillow rotates those itself
+            image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
-            warn("images of more than 8 bits are scaled, each by its own minimum and maximum")
-            values = np.asarray(image, np.float64)
-            if not np.isfinite(values).all():
-                raise ValueError("not all pixels are finite numbers")
-            values = (values - values.min()) / (np.ptp(values) or 1) * 255
-            image = Image.fromarray(values.astype(np.uint8))
+            raise ValueError("it has more than 8 bits in a pixel; convert it first")
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.BICUBIC)
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
@@ -780,35 +778,18 @@ def read_image(path: str, size: int) -> np.ndarray:
 
 def check_apart(data: str, *written: str) -> None:
     """Raise UserError if a folder to write to is in the folder of the data, or contains it."""
-    # abspath(): on Windows, resolve() may leave a path relative if it does not exist.
-    source = Path(os.path.abspath(data)).resolve()
+    source = Path(data).resolve()
     for name in written:
-        folder = Path(os.path.abspath(name)).resolve()
+        folder = Path(name).resolve()
         if source == folder or source in folder.parents or folder in source.parents:
             raise UserError(f"--data {data} and {name}, where the run writes, must be apart; "
                             "choose another --out")
 
 
 def image_files(folder: str | Path) -> list:
-    """The files below a folder, sorted, without hidden and system files. Links are followed."""
-    files = []
-    visited = set()  # so that a link to a folder above it does not lead around in circles
-    for base, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: warn(
-            f"skipped a folder: {error}")):
-        real = os.path.realpath(base)
-        if real in visited:
-            folders.clear()
-            continue
-        visited.add(real)
-        # os.walk() visits the folders that are left in this list.
-        folders[:] = filter(is_visible, folders)
-        files += [os.path.join(base, name) for name in filter(is_visible, names)]
-    return sorted(files)
-
-
-def is_visible(name: str) -> bool:
-    """Return False for hidden files and folders, and for those of operating systems."""
-    return name[0] != "." and name not in ("__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini")
+    """The files in a folder and its subfolders, sorted, without hidden ones. Links are followed."""
+    pattern = os.path.join(glob.escape(str(folder)), "**")  # all files and folders, however deep
+    return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
 
 
 def read_images(paths: list, size: int) -> tuple:
@@ -829,6 +810,10 @@ def read_images(paths: list, size: int) -> tuple:
                             "shared by the processes; use fewer (in training: --limit), or train "
                             "with a smaller --size")
 
+    with contextlib.suppress(ImportError):  # reads .heic files, as of iPhones, if it is installed
+        import pillow_heif
+        pillow_heif.register_heif_opener()
+
     def read(path):
         try:
             return read_image(path, size)
@@ -843,7 +828,11 @@ def read_images(paths: list, size: int) -> tuple:
         warn(f"{len(paths) - len(kept)} of {len(paths)} files cannot be read")
     if not kept:
         raise UserError(f"none of the {len(paths)} files can be read as an image")
-    return torch.from_numpy(np.stack([images[i] for i in kept])), kept
+    images = np.stack([images[i] for i in kept])
+    blank = sum((image == image[0, 0]).all() for image in images)
+    if blank:
+        warn(f"{blank} of {len(images)} images have a single color (transparency becomes white)")
+    return torch.from_numpy(images), kept
 
 
 def load_torchvision(name: str, data_dir: str) -> tuple:

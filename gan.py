@@ -499,7 +499,7 @@ def draw_curves(args: Namespace, data: Dataset, folder: Path, history: list) -> 
                                  random_features(data.train[:VALIDATION_SAMPLES]))
         axis.axhline(floor, color="black", linewidth=1, label="training to validation images")
         axis.legend(**common.LEGEND)
-    common.save_figure(folder / "curves.png", figure)
+    figure.savefig(folder / "curves.png")
 
 
 def interpolate(generator: Generator, seed: int) -> Tensor:
@@ -536,7 +536,7 @@ def save_grid(path: Path, images: Tensor, columns: int) -> None:
     """Save uint8 images (N, size, size, channels) as one image, row by row, at twice their size."""
     from torchvision.utils import save_image
     images = F.interpolate(images.permute(0, 3, 1, 2) / 255, scale_factor=2)
-    common.write_or_warn(path, lambda file: save_image(images, file, nrow=columns, pad_value=1))
+    save_image(images, path, nrow=columns, pad_value=1)
 
 
 def save_animation(image_dir: Path, history: list) -> None:
@@ -547,8 +547,8 @@ def save_animation(image_dir: Path, history: list) -> None:
     frames = (Image.open(path) for path in paths if path.exists())
     first = next(frames, None)  # and frames are the others
     if first:
-        common.write_or_warn(image_dir / "progress.gif", lambda file: first.save(
-            file, save_all=True, append_images=frames, duration=200, loop=0))
+        first.save(image_dir / "progress.gif", save_all=True, append_images=frames, duration=200,
+                   loop=0)
 
 
 def load_generator(path: Path, device: torch.device) -> Generator:

@@ -457,8 +457,9 @@ def train(args: Namespace, data: Dataset, cell: str, folder: Path, device: torch
                "validation_accuracy": validation["accuracy"],
                "seconds": time.perf_counter() - start}
         history.append(row)
-        print("{label}  loss: training {train_loss:.3f}, validation {validation_loss:.3f}; accuracy "
-              "{validation_accuracy:.2%}  {seconds:.1f} s".format(label=label, **row), flush=True)
+        print("{label}  loss: training {train_loss:.3f}, validation {validation_loss:.3f}; "
+              "accuracy {validation_accuracy:.2%}  {seconds:.1f} s".format(label=label, **row),
+              flush=True)
         # Saved if this epoch is the best so far. "options" are here the arguments of the model; in
         # last.pt, those of the command line.
         best = {"model": model.state_dict(), "options": options, "task": data.task,
@@ -539,7 +540,7 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
             "loss": {"training": "train_loss", "validation": "validation_loss"},
             "fraction correct": {"validation": "validation_accuracy"},
             "gradient norm": {"before clipping": "gradient_norm"}})
-        common.save_figure(cell_folder / "curves.png", figure)
+        figure.savefig(cell_folder / "curves.png")
     plot_cells(folder / f"{data.task}.png", title, accuracies, xlabel="epoch",
                ylabel="fraction correct (validation)", ylim=(0, 1.02))
     if data.task == "classify":
@@ -548,7 +549,11 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
 
 
 def answer_texts(data: Dataset, numbers: Tensor) -> list:
-    """Return the text of each target or prediction, int64 (N, length), up to its END."""
+    """Return the text of each target or prediction, int64 (N, length): the name of a class, or the
+    tokens up to END.
+    """
+    if data.task == "classify":
+        return [data.answers[i] for i in numbers.flatten()]
     texts = ["".join(data.answers[i] for i in row) for row in numbers]
     return [text.partition(SPECIAL[END])[0] for text in texts]
 
@@ -570,7 +575,7 @@ def plot_cells(path: Path, title: str, curves: dict, **settings: Any) -> None:
         axis.tick_params(axis="x", rotation=90)
     axis.grid(alpha=0.3)
     axis.legend()
-    common.save_figure(path, figure)
+    figure.savefig(path)
 
 
 def look_inside(data: Dataset, cells: list, folder: Path, seed: int, title: str) -> None:

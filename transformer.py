@@ -142,6 +142,11 @@ def load_data(args: Namespace) -> Dataset:
     tokens = set()
     for source, target in train:
         tokens.update(source, target)
+    unseen = sum(not tokens.issuperset(target) for _, target in validation)
+    if unseen > len(validation) / 20:
+        common.warn(f"{unseen} of {len(validation)} validation targets have a token that no "
+                    "training pair has, so the model cannot write it; if the tokens are words, "
+                    "try --target-tokens chars")
     return Dataset(name, Vocabulary(sorted(tokens)), longest, train, validation, test)
 
 
@@ -153,8 +158,6 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
-    if len(pairs) < common.WORLD:
-        raise common.UserError("there are fewer training pairs than processes")
     # As few batches as possible, of nearly equal size. The limit is batch_size pairs, or 2 * WORLD
     # if that is more: if there are several batches, each has at least half of the limit, so that
     # every process has a pair.
@@ -599,7 +602,7 @@ def evaluate(args: Namespace, data: Dataset, folder: Path, device: torch.device,
                              "validation tokens": "validation_token_accuracy",
                              "validation sequences": "validation_exact_match"},
         "gradient norm": {"before clipping": "gradient_norm"}})
-    common.save_figure(folder / "curves.png", figure)
+    figure.savefig(folder / "curves.png")
     # A pair that need not be cut, if there is one.
     pair = next((pair for pair in data.test if max(map(len, pair)) <= 20), data.test[0])
     draw_attention(folder / "attention.png", model, vocabulary, pair, device, title)
@@ -625,7 +628,7 @@ def draw_attention(path: Path, model: Transformer, vocabulary: Vocabulary, pair:
         axis.set(title=f"head {i + 1}", xlabel="source", xticks=range(len(read)))
         axis.set_xticklabels(read, rotation=90)
         axis.set(ylabel="target", yticks=range(len(written)), yticklabels=written)
-    common.save_figure(path, figure)
+    figure.savefig(path)
 
 
 def load_model(path: Path, device: torch.device) -> tuple:

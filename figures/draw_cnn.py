@@ -241,7 +241,6 @@ def data():
 def features(checkpoint, file, count=8):
     """An image, the kernels of the first layer, and feature maps of the image after each block."""
     trained, saved = cnn.load_model(Path(checkpoint), torch.device("cpu"))
-    trained.eval()
     image = torch.from_numpy(common.read_image(file, saved["options"]["size"]))
     x = (image.permute(2, 0, 1)[None].float() - trained.mean) / trained.std
     kernels = trained.features[0][0].weight.detach().permute(0, 2, 3, 1)  # (32, 3, 3, 3)

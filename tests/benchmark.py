@@ -171,7 +171,9 @@ MEASURES = {"cnn": measure_cnn, "gan": measure_gan, "rnn": measure_rnn,
 
 
 def take_turns(programs, turns):
-    """{"ours": {quantity: [of each turn]}, "usual": ..., "ratio": ...} of {quantity: (ours, usual)}.
+    """{"ours": {quantity: [of each turn]}, "usual": ..., "ratio": ...}.
+
+    programs: {quantity: (ours, usual)}.
     """
     found = {"ours": {}, "usual": {}, "ratio": {}}
     for quantity, (ours, usual) in programs.items():

@@ -10,7 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, TINY
+from PIL import Image
+
+import cnn
+import common
 
 DOCUMENTS = sorted(path.name for path in ROOT.glob("*.md"))
 SCRIPTS = [name[:-3] for name in DOCUMENTS if name != "README.md"]
@@ -42,6 +46,24 @@ def test_commands_parse_with_the_script_s_own_options(name):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_options_that_a_guide_names_exist_and_have_its_defaults(script):
+    actions = {}
+    for action in importlib.import_module(script).build_parser()._actions:
+        actions.update({flag: action for flag in action.option_strings})
+    text = text_of(f"{script}.md")
+    named = set(re.findall(r"`(--[a-z0-9-]+)", text)) - {"--letters"}  # of tests/judge_texts.py
+    assert named and named <= set(actions)
+    for flag, default in re.findall(r"`(--[a-z-]+)`\|([\d.]+)\|", text):
+        assert actions[flag].default == float(default), flag
+
+
+def test_the_readme_names_the_options_that_resume_may_change():
+    text = text_of("README.md").partition("You may change\n")[2].partition("If the run used")[0]
+    named = {flag.replace("-", "_") for flag in re.findall(r"`--([a-z-]+)`", text)}
+    assert named == common.RESUMABLE - {"compile", "resume", "predict", "sample"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_functions_that_a_document_names_exist(script):
     modules = [importlib.import_module(script), importlib.import_module("common")]
     names = set(re.findall(r"`(?:common\.)?([A-Za-z_]\w*)\(\)`", text_of(f"{script}.md")))
@@ -61,6 +83,21 @@ def test_links_and_figures_exist(name):
             titles = re.findall(r"^#+ (.*)$", text_of(file or name), re.M)
             anchors = [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
             assert anchor in anchors, target
+
+
+def test_the_readme_uses_each_model_from_python(run, tmp_path):
+    for script, options in TINY.items():
+        if script == "rnn":
+            options = options.replace("--cells gru", "--cells lstm")
+        run(f"{script}.py", *options.split(), "--epochs", 1)
+    Image.new("RGB", (50, 40), "red").save(str(tmp_path / "cat.jpg"))
+    section = text_of("README.md").partition("\n## From Python\n")[2].partition("\n## ")[0]
+    program, = re.findall(r"```py\n(.*?)```", section, re.S)
+    (tmp_path / "program.py").write_text(program + "print(images.shape)\n")
+    done = run(tmp_path / "program.py", env={"PYTHONPATH": str(ROOT)})
+    label, order, target, shape = done.stdout.splitlines()
+    assert label in cnn.SHAPES and len(order) == 3
+    assert target.startswith("(") and shape == "torch.Size([9, 28, 28, 1])"
 
 
 def stripped(text):
@@ -114,15 +151,16 @@ for path in ROOT.glob("tests/results/*.json"):
 
 
 def measured(results):
-    """All numbers in a nest of results, and the medians of its lists."""
+    """All numbers in a nest of results; of a run's summary, those of its test and its seconds."""
     if isinstance(results, (int, float)):
         return [results]
+    if isinstance(results, dict) and "test" in results:
+        results = [results["test"], results["seconds"]]
     if isinstance(results, dict):
         results = list(results.values())
     if not isinstance(results, list):
         return []
-    numbers = [number for part in results for number in measured(part)]
-    return numbers + [statistics.median(numbers)] if numbers else []
+    return [number for part in results for number in measured(part)]
 
 
 def is_rounded(written, percent, value):
@@ -168,6 +206,20 @@ def test_speedups_in_the_readme_are_those_that_were_measured():
         assert any(all(is_rounded(number, "", value) for number, value
                        in zip(numbers, (statistics.median(turns), min(turns), max(turns))))
                    for turns in known), numbers
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_results_in_the_readme_are_those_that_were_measured(script):
+    row = re.search(rf"^\| \[`{script}\.py`\].*\[`{script}\.md`\].*$", text_of("README.md"), re.M)
+    result = re.sub(r"\(.*?\)", "", row.group().split("|")[4])
+    known = []
+    for command, values in RESULTS.items():
+        if command.startswith(f"python {script}.py"):
+            known += measured(values)
+    numbers = re.findall(r"(\d[\d,]*(?:\.\d+)?)( %)?", result)
+    assert numbers
+    for number in numbers:
+        assert any(is_rounded(*number, value) for value in known), number
 
 
 @pytest.mark.parametrize("name, command, columns", [

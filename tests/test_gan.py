@@ -16,7 +16,7 @@ import common
 import gan
 
 CPU = torch.device("cpu")
-TINY = ["--data", "synthetic", "--limit", 500, "--width", 4, "--latent", 8, "--device", "cpu"]
+SMALL = ["--data", "synthetic", "--limit", 500, "--width", 4, "--latent", 8, "--device", "cpu"]
 
 
 def parse(*options):
@@ -60,6 +60,7 @@ def test_large_images_are_generated_a_few_at_a_time():
     generator.register_forward_hook(lambda module, inputs, output: batches.append(len(output)))
     assert gan.generate(generator, torch.randn(12, 2)).shape == (12, 280, 280, 1)
     assert batches == [5, 5, 2]
+    assert not generator.training  # batch norm uses its running statistics
 
 
 def test_a_folder_of_any_layout(tmp_path, monkeypatch):
@@ -171,20 +172,26 @@ def test_the_gradient_penalty_of_a_linear_discriminator_is_its_squared_norm():
 
 
 @pytest.mark.filterwarnings("ignore:with .* training steps")
-def test_the_limit_of_a_gradient_with_the_penalty_is_16_times_as_high(tmp_path, monkeypatch):
+def test_the_penalty_and_the_limit_of_its_step_are_16_times_as_high(tmp_path, monkeypatch):
     limits = []
+    slopes = []
     clip = common.clip_gradients
 
     def record(model, max_norm):
         if isinstance(model, gan.Discriminator):
             limits.append(max_norm)
+            slopes.append(model.layers[-1].bias.grad.item())
         return clip(model, max_norm)
     monkeypatch.setattr(common, "clip_gradients", record)
-    args = parse(*TINY, "--epochs", 1, "--batch-size", 16, "--out", tmp_path)
+    # A penalty whose gradient dwarfs that of the loss, which is 1 at most.
+    monkeypatch.setattr(gan, "gradient_penalty", lambda netd, real: 1000 * netd.layers[-1].bias)
+    args = parse(*SMALL, "--epochs", 1, "--batch-size", 16, "--out", tmp_path)
     args.checksum = 0
     images, _ = gan.synthetic_digits(300, seed=0)
     gan.train(args, gan.Dataset(images, images[:50], images[:50]), tmp_path, CPU)
     assert limits == [160, *[10] * 15, 160, 10]
+    first = 16 * args.r1 / 2 * 1000
+    assert slopes == pytest.approx([first, *[0] * 15, first, 0], abs=1.01)
 
 
 def test_the_average_moves_by_one_minus_decay():
@@ -238,6 +245,23 @@ def test_a_grid_shows_each_pixel_as_a_square(tmp_path):
     assert np.array_equal(grid[60:116, 60:116, 0], expected)  # the second of the second row
 
 
+def test_the_nearest_images_are_the_nearest():
+    train, _ = gan.synthetic_digits(600, seed=0)  # more than it compares at a time
+    shown = gan.nearest_images(train[[5, 590]], train).view(2, 9, 28, 28, 1)
+    assert shown[:, 0].equal(shown[:, 2])
+    assert (shown[:, 1] == 255).all()
+
+
+def test_a_large_set_is_sampled_at_random():
+    chosen = gan.random_sample(torch.arange(6000))
+    assert len(chosen.unique()) == 5000 and chosen.max() >= 5000
+
+
+def test_images_are_where_the_readme_says():
+    assert gan.image_folder(parse("--out", "./runs/gan/")) == Path("images")
+    assert gan.image_folder(parse("--out", "mine")) == Path("mine/images")
+
+
 def test_an_animation_of_many_epochs_of_this_run(tmp_path):
     """In order beyond 999, with few files open, and without the epochs of other runs."""
     resource = pytest.importorskip("resource")
@@ -273,6 +297,12 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path, monkeypatch):
     test = json.loads((out / "summary.json").read_text())["test"]
     assert test["best_epoch"] == 1 + frechet.index(min(frechet))
     assert test["frechet"] > 2 * test["frechet_floor"] > 0
+    # The generator of best.pt, and images that no choice depended on.
+    generator = gan.load_generator(out / "best.pt", CPU)
+    data = gan.load_data(parse("--data", "synthetic", "--limit", 1000))
+    samples = gan.generate(generator, gan.latent_vectors(5000, 32, seed=1))[:len(data.test)]
+    measured = gan.measure(gan.random_features(data.test), samples)
+    assert test["frechet"] == pytest.approx(measured["frechet"])
     for name in ("final.png", "interpolation.png", "nearest.png", "epoch_006.png"):
         assert min(Image.open(images / name).size) > 100
     assert (out / "curves.png").exists() and (images / "progress.gif").exists()
@@ -280,7 +310,6 @@ def test_it_learns_writes_everything_and_samples(run, tmp_path, monkeypatch):
     printed = run("gan.py", "--sample", 4).stdout.splitlines()
     assert printed == [f"images/samples/0000{i}.png" for i in range(4)]
     drawn = [np.array(Image.open(tmp_path / name)) for name in printed]
-    generator = gan.load_generator(out / "best.pt", CPU)
     expected = gan.generate(generator, gan.latent_vectors(4, 32, seed=2 * 10**9))
     assert np.array_equal(drawn, expected[..., 0])
     assert len(list((images / "samples").iterdir())) == 4 + 3
@@ -355,7 +384,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, options, message):
 
 
 def test_a_run_that_diverges_ends_with_the_reason(run):
-    warning, error = run("gan.py", *TINY, "--lr", 1e30, "--clip", "inf",
+    warning, error = run("gan.py", *SMALL, "--lr", 1e30, "--clip", "inf",
                          status=2).stderr.splitlines()
     assert warning.startswith("warning: with 1680 training steps the model may learn little")
     assert error.startswith("gan.py: error: the loss or its gradient is not finite;")

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY
 
 import common
-
 
 
 def options(script):
@@ -84,6 +84,43 @@ def test_help_has_a_line_for_every_option_with_its_default(script):
         if action.default is not None and action.nargs != 0:
             help = f"{help} (default: {action.default})"
         assert f"{action.option_strings[0]} " in shown and help in shown
+
+
+# Each of these must change what is learned. (rnn.py is trained to sort.)
+ACTING = {
+    "cnn": ["--batch-size 64", "--lr 0.01", "--warmup 0", "--weight-decay 0.1", "--clip 0.01",
+            "--seed 1", "--crop 0", "--no-flip", "--dropout 0", "--label-smoothing 0",
+            "--no-batch-norm"],
+    "rnn": ["--batch-size 20", "--lr 0.01", "--warmup 0", "--weight-decay 1", "--clip 0.01",
+            "--seed 1", "--dropout 0", "--chrono-max 2", "--teacher-forcing 0"],
+    "gan": ["--batch-size 8", "--lr 0.01", "--warmup 0.5", "--weight-decay 1", "--clip 0.01",
+            "--seed 1", "--beta1 0.9", "--r1 0", "--ema 0"],
+    "transformer": ["--batch-size 32", "--lr 0.01", "--warmup 0", "--weight-decay 1",
+                    "--clip 0.01", "--seed 1", "--dropout 0.1", "--label-smoothing 0"]}
+
+
+def learned(folder, script, words):
+    """The weights in best.pt, as one vector. There is no test set: no training may look at it."""
+    module = importlib.import_module(script)
+    args = module.build_parser().parse_args(
+        [*TINY[script].split(), "--epochs", "1", "--out", str(folder), *words.split()])
+    args.checksum = 0
+    folder.mkdir()
+    task, cell = (["generate"], ["gru"]) if script == "rnn" else ([], [])
+    data = module.load_data(args, *task)._replace(test=None)
+    module.train(args, data, *cell, folder, torch.device("cpu"))
+    model = common.load_checkpoint(folder / "best.pt", f"{script}.py")["model"]
+    return torch.cat([tensor.flatten().float() for tensor in model.values()])
+
+
+@pytest.mark.filterwarnings("ignore:with .* training steps")
+@pytest.mark.parametrize("script", TINY)
+def test_options_of_the_training_change_what_is_learned(tmp_path, monkeypatch, script):
+    monkeypatch.setattr("gan.VALIDATION_SAMPLES", 100)  # to save time
+    first = learned(tmp_path / "first", script, "")
+    assert first.equal(learned(tmp_path / "again", script, ""))
+    for i, words in enumerate(ACTING[script]):
+        assert not first.equal(learned(tmp_path / str(i), script, words)), words
 
 
 BAD = {"int": ["-1", "x", "1.5", "9" * 30, ""], "float": ["-1", "x", "nan", "-inf", ""]}

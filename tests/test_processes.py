@@ -56,13 +56,12 @@ START = """
 import os, runpy, torch
 rank, world, randn = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), torch.randn
 
-def share(count, length, **options):
-    # A process's share of the same latent vectors.
-    rows = randn(count * world, length, generator=torch.Generator().manual_seed(0))
-    return rows[rank::world]
-
-def draw(*shape, **options):
-    return randn(*shape, **options) if "generator" in options else share(*shape)
+def draw(*shape, generator=None, **options):
+    if generator is not None:  # in evaluation: the same numbers in every process
+        return randn(*shape, generator=generator, **options)
+    count, length = shape  # the latent vectors of a step: this process's share of the same ones
+    everyone = randn(count * world, length, generator=torch.Generator().manual_seed(0))
+    return everyone[rank::world]
 torch.randn = draw
 torch.nn.BatchNorm1d = torch.nn.BatchNorm2d = torch.nn.Identity
 runpy.run_path({!r}, run_name="__main__")

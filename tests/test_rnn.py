@@ -1,4 +1,4 @@
-"""rnn.py: the cells against torch.nn, padding, the data, training, resume, own texts, prediction."""
+"""rnn.py: the cells against torch.nn, padding, the data, training, own texts, prediction."""
 
 import csv
 import json
@@ -76,8 +76,15 @@ def test_dropout_is_at_work_at_every_place_and_only_in_training(backend, task):
     model = rnn.MODELS[task](8, 8, hidden=16, dropout=0.5, backend=backend).eval()
     batch = [torch.randint(3, 8, (4, 6)), torch.full((4,), 6), torch.randint(3, 8, (4, 7)), 1.0]
     assert torch.equal(model(*batch), model(*batch))
-    # On embeddings and on the last layer's states; between the layers.
-    for place in (model.dropout, model.layers if task == "classify" else model.decoder):
+    sizes = []
+    model.dropout.register_forward_hook(lambda module, given, out: sizes.append(given[0].shape))
+    model(*batch)
+    # On the embeddings of the inputs (and of the decoder's), and on the last layer's states.
+    assert sizes == {"classify": [(6, 4, 16), (4, 16)],
+                     "generate": [(6, 4, 16), (7, 4, 16), (7, 4, 16)]}[task]
+    # Between the layers, too.
+    layers = [model.layers] if task == "classify" else [model.encoder, model.decoder]
+    for place in (model.dropout, *layers):
         place.train()
         assert not torch.equal(model(*batch), model(*batch))
         place.eval()
@@ -164,7 +171,8 @@ def test_sets_are_apart_and_the_vocabulary_is_that_of_the_training_set(tmp_path)
     for part, count in ((data.train, 160), (data.validation, 20), (data.test, 20)):
         assert part.targets.flatten().bincount().tolist() == [count / 2, count / 2]
         last = part.inputs[torch.arange(count), part.lengths - 1]
-        assert ((last == rnn.UNKNOWN) == (count == 20)).all()
+        unknown = last == rnn.UNKNOWN
+        assert not unknown.any() if part is data.train else unknown.all()
 
 
 def test_words():
@@ -268,6 +276,7 @@ def test_a_measure_counts_whole_answers_and_tokens():
     lengths = torch.tensor([5, 5, 3, 5])
     sequences = rnn.SequenceSet(torch.randint(3, 7, (4, 5)), lengths, torch.ones(4, 6).long())
     measured = rnn.measure(model, "generate", sequences, CPU)
+    assert not model.training  # no dropout
     logits = model(sequences.inputs[2:3, :3], lengths[2:3], sequences.targets[2:3, :4], 0.0)
     expected = F.softmax(logits, dim=2).max(2).values.prod()
     assert measured["probabilities"][2].item() == pytest.approx(expected.item())
@@ -285,6 +294,8 @@ def test_predicted_answers_are_listed_up_to_their_end():
     numbers = [[data.answers.index(token) for token in ("4", "2", "<end>", "7")],
                [data.answers.index(token) for token in ("4", "2", "7", "7")]]
     assert rnn.answer_texts(data, torch.tensor(numbers)) == ["42", "4277"]
+    classes = data._replace(task="classify", answers=["up<end>a", "up<end>b"])
+    assert rnn.answer_texts(classes, torch.tensor([[1], [0]])) == ["up<end>b", "up<end>a"]
 
 
 @pytest.mark.parametrize("cell, states", [("lstm", 2), ("gru", 1), ("rnn", 1)])
@@ -362,11 +373,23 @@ def test_own_texts_and_prediction(run, tmp_path):
     assert "<unk>" in done.stderr and "\u4e2d" in done.stderr and done.stderr.count("\n") == 1
     alone = run("rnn.py", "--predict", "bad, VERY bad 5").stdout
     assert alone == done.stdout.splitlines()[1] + "\n"
+    # Of both cells, the one with the better validation accuracy predicts.
+    outputs = {}
+    for cell in ("lstm", "gru"):
+        outputs[cell] = run("rnn.py", "--cells", cell, "--predict", "A good film 3").stdout
+    assert outputs["lstm"] != outputs["gru"]
+    for cell, accuracy in (("lstm", 2.0), ("gru", 3.0)):
+        path = tmp_path / f"runs/rnn/classify-{cell}/best.pt"
+        checkpoint = common.load_checkpoint(path, "rnn.py")
+        checkpoint["metrics"]["validation_accuracy"] = accuracy
+        common.save_checkpoint(path, checkpoint)
+        assert run("rnn.py", "--predict", "A good film 3").stdout == outputs[cell]
     assert run("rnn.py", "--predict", "").stdout.startswith("\t")
     assert run("rnn.py", "--predict", "-", stdin="").stdout == ""
 
 
 def test_long_texts_are_cut_and_counted(run, tmp_path):
+    assert rnn.tokenize(["a" * 401], "chars") == [("a",) * 400]
     rows = [(str(i) + "ab" * (150 + i), "xy"[i % 2]) for i in range(60)]
     write_table(tmp_path / "a.csv", rows)
     small = ["--epochs", 1, "--hidden", 4, "--cells", "gru", "--batch-size", 8]

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import warnings
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import transformer
 from transformer import BOS, EOS, PAD, UNK, Transformer, Vocabulary
 
 CPU = torch.device("cpu")
-TINY = ("--synthetic-size", 300, "--d-model", 16, "--d-ff", 32, "--heads", 2, "--layers", 1)
+SMALL = ("--synthetic-size", 300, "--d-model", 16, "--d-ff", 32, "--heads", 2, "--layers", 1)
 
 
 def small_model(seed=0):
@@ -193,7 +194,8 @@ def test_edit_distance(a, b, distance):
 def test_label_smoothing_is_cross_entropy_with_smoothed_targets():
     logits = torch.randn(4, 5)
     labels = torch.tensor([1, 4, 2, 3])
-    assert torch.allclose(transformer.cross_entropy(logits, labels), F.cross_entropy(logits, labels))
+    expected = F.cross_entropy(logits, labels)
+    assert torch.allclose(transformer.cross_entropy(logits, labels), expected)
     smoothed = torch.full((4, 5), 0.2 / 5)
     smoothed[range(4), labels] += 0.8
     expected = -(smoothed * F.log_softmax(logits, 1)).sum(1).mean()
@@ -218,13 +220,29 @@ def test_a_small_model_learns_to_reverse():
     assert (written[:, :4] == target).all(1).sum() >= 60
 
 
+@pytest.mark.filterwarnings("ignore:with .* training steps")
+def test_the_training_loss_is_that_of_measure(tmp_path):
+    """In one batch, with a negligible step: shifted targets, and no loss over padding."""
+    options = [*SMALL, "--epochs", 1, "--batch-size", 300, "--lr", "1e-9", "--label-smoothing", 0,
+               "--precision", "float32", "--out", tmp_path]
+    args = transformer.build_parser().parse_args(list(map(str, options)))
+    args.checksum = 0
+    data = transformer.load_data(args)
+    row, = transformer.train(args, data._replace(validation=data.train), tmp_path, CPU)
+    assert row["train_loss"] == pytest.approx(row["validation_loss"], rel=1e-4)
+    accuracy = pytest.approx(row["validation_token_accuracy"], abs=1e-3)
+    assert row["train_token_accuracy"] == accuracy
+
+
 def test_measure_takes_the_nearest_of_several_targets(monkeypatch):
     pairs = [("a", "xy"), ("a", "z"), ("b", "yyy"), ("b", "x")]
     answers = {"a": ("z", 0.9), "b": ("yy", 0.5)}
     monkeypatch.setattr(transformer, "write_targets",
                         lambda model, vocabulary, sources, *_: [answers[s] for s in sources])
     vocabulary = Vocabulary("abxyz")
-    metrics, outputs = transformer.measure(small_model(), vocabulary, pairs, CPU)
+    model = small_model().train()
+    metrics, outputs = transformer.measure(model, vocabulary, pairs, CPU)
+    assert not model.training  # no dropout
     assert outputs == [("a", "z", "z", 0.9), ("b", "yyy", "yy", 0.5)]
     assert metrics["exact_match"] == 1 / 2
     assert metrics["error_rate"] == 1 / 4  # one "y" is missing; the nearest have 1 + 3 tokens
@@ -269,8 +287,6 @@ def test_batches_hold_every_pair_once_with_others_of_its_length(monkeypatch):
         shares.append(transformer.similar_length_batches(pairs, 16, 0, 1))
     for batch, *parts in zip(batches, *shares):
         assert sorted(batch) == sorted(i for part in parts for i in part)
-    with pytest.raises(common.UserError, match="fewer training pairs than processes"):
-        transformer.similar_length_batches(pairs[:2], 16, 0, 1)
 
 
 def test_long_texts_are_evaluated_in_smaller_batches():
@@ -322,6 +338,16 @@ def test_all_targets_of_a_source_are_in_one_set(tmp_path):
     assert len(data.train) == 48
 
 
+def test_target_words_that_do_not_recur_are_a_warning(tmp_path):
+    path = write(tmp_path / "pairs.csv",
+                 "source,target\n" + "".join(f"day {i},2026-{i}\n" for i in range(100)))
+    with pytest.warns(UserWarning, match="10 of 10 validation targets have a token that no"):
+        load(path, "--target-tokens", "words")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(path)
+
+
 @pytest.mark.parametrize("content, message", (
     ("source\ttarget\n" + "a\tb\n" * 20, "at least 10 different sources are needed"),
     ("".join(f"{a}\t{b}\n" for a, b in ROWS), "must name the columns source and target"),
@@ -341,7 +367,7 @@ def test_files_that_cannot_be_used(tmp_path, content, message):
     (("--data", "nowhere.csv"), "nowhere.csv"),
     (("--d-model", 9, "--heads", 3), "--d-model must be even, and a multiple of --heads"),
     (("--source-tokens", "words"), "synthetic strings have no words; add --data FILE"),
-    (("--data", "mine/pairs.tsv", "--out", "mine"), "mine/pairs.tsv and mine, where the run writes"),
+    (("--data", "mine/a.tsv", "--out", "mine"), "mine/a.tsv and mine, where the run writes"),
     (("--predict", "a"), "train first")))
 def test_mistakes_are_one_line(options, message, run):
     done = run("transformer.py", *options, status=2)
@@ -353,7 +379,7 @@ def test_mistakes_are_one_line(options, message, run):
 def trained(tmp_path_factory):
     """A folder with a run in out/."""
     folder = tmp_path_factory.mktemp("trained")
-    done = Started(folder, "transformer.py", *TINY, "--epochs", 3, "--out", "out").wait()
+    done = Started(folder, "transformer.py", *SMALL, "--epochs", 3, "--out", "out").wait()
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -365,7 +391,8 @@ def test_a_run_writes_what_the_design_says(trained):
         "attention.png"}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["script"] == "transformer.py" and summary["data"] == "synthetic"
-    assert {"exact_match", "token_accuracy", "error_rate", "loss"} <= set(summary["test"])
+    test = summary["test"]
+    assert {"exact_match", "token_accuracy", "error_rate", "loss", "greedy"} <= set(test)
     header, *rows = (out / "history.csv").read_text().splitlines()
     assert {"gradient_norm", "clipped", "validation_exact_match"} <= set(header.split(","))
     assert len(rows) == 3
@@ -376,7 +403,7 @@ def test_resume_refuses_other_pairs_to_evaluate_on(run, tmp_path, part):
     table = "source,target\n" + "".join(f"{i},{i}\n" for i in range(100, 140))
     path = write(tmp_path / "pairs.csv", table)
     changed = "".join(getattr(load(path), part)[0][0])  # the source of a pair
-    run("transformer.py", *TINY, "--data", path, "--epochs", 1)
+    run("transformer.py", *SMALL, "--data", path, "--epochs", 1)
     write(tmp_path / "pairs.csv", table.replace(f",{changed}", ",000"))
     done = run("transformer.py", "--resume", "--epochs", 2, status=2)
     assert "was started with other data" in done.stderr
@@ -399,7 +426,7 @@ def test_predict_answers_each_text_in_a_line(trained, run):
 def test_predict_names_tokens_that_only_targets_have(run, tmp_path):
     path = write(tmp_path / "pairs.csv",
                  "source,target\n" + "".join(f"{i},X{i}\n" for i in range(100, 120)))
-    run("transformer.py", *TINY, "--data", path, "--epochs", 1)
+    run("transformer.py", *SMALL, "--data", path, "--epochs", 1)
     assert "never seen in training: ['X']" in run("transformer.py", "--predict", "X0").stderr
 
 
@@ -411,23 +438,29 @@ def test_predict_reads_lines_whatever_they_are_batched_with(trained, run):
 
 
 def test_predict_says_what_is_wrong(trained, run):
-    lines, message = predict(run, trained, "-", stdin="ok\n" + "a" * 500, status=2)
-    assert lines == [] and "--predict: a text has 500 tokens" in message
+    # The longest training text has 20 tokens; twice as many can be read.
+    lines, message = predict(run, trained, "a" * 40)
+    assert len(lines) == 1 and message == ""
+    lines, message = predict(run, trained, "-", stdin="ok\n" + "a" * 41, status=2)
+    assert lines == []
+    assert "--predict: a text has 41 tokens, and the model takes up to 40;" in message
 
 
 def test_own_pairs_of_words(run, tmp_path):
     rows = [f"in {a} {b},{b} {a}\n" for a in "abcdef" for b in "uvwxyz"]
     path = write(tmp_path / "pairs.csv", "source,target\n" + "".join(rows))
     kinds = ("--source-tokens", "words", "--target-tokens", "words")
-    trained = run("transformer.py", *TINY, *kinds, "--data", path, "--epochs", 1, "--heads", 1)
+    trained = run("transformer.py", *SMALL, *kinds, "--data", path, "--epochs", 1, "--heads", 1)
     assert "fewer than 30 examples" in trained.stderr
     summary = json.loads((tmp_path / "runs" / "transformer" / "summary.json").read_text())
     assert summary["data"] == path
     text = (tmp_path / "runs/transformer/predictions.tsv").read_text(encoding="utf-8")
     listed = [line.split("\t") for line in text.splitlines()[1:]]
     assert len(listed) == 4 and "\n".join(text.splitlines()[1:4]) in trained.stdout
-    expected = {source: target for source, target in (row[:-1].split(",") for row in rows)}
+    expected = dict(row[:-1].split(",") for row in rows)
     assert all(expected[source] == target for source, target, *_ in listed)
+    tested = {" ".join(source) for source, _ in load(path, *kinds).test}
+    assert {source for source, *_ in listed} == tested
     done = run("transformer.py", "--predict", *(row[0] for row in listed), "in  a u")
     *lines, last = (line.split("\t") for line in done.stdout.splitlines())
     assert lines == [[source, *prediction] for source, _, *prediction in listed]
