@@ -555,7 +555,7 @@ def test_heic_files_are_read_if_the_package_for_them_is_installed(tmp_path, monk
     calls = []
     package = Namespace(register_heif_opener=lambda: calls.append("registered"))
     monkeypatch.setitem(sys.modules, "pillow_heif", package)
-    common.read_images([save(tmp_path / "a.png", np.eye(8))], 8)
+    common.read_images([save(tmp_path / "a.png", np.eye(8, dtype=np.uint8))], 8)
     assert calls == ["registered"]
 
 
