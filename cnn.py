@@ -9,6 +9,7 @@ Plots and checkpoints go to runs/cnn (--out). cnn.md explains every part.
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 import zlib
@@ -93,17 +94,19 @@ def subfolders(folder: Path) -> list:
                   if path.is_dir() and not path.name.startswith("."))
 
 
+SET_WORDS = {"train", "training", "val", "valid", "validation", "test", "testing"}
+
+
 def find_sets(root: Path) -> dict:
     """{"train": folder, "val": folder, "test": folder}, or {"train": root} if it is not split.
 
-    Split: there is a folder train, perhaps val and test, and no other folder. Not split: no name of
-    a folder contains one of these words. Anything else is an error.
+    Split: there is a folder train, perhaps val and test, and no other folder. Not split: no folder
+    has one of the SET_WORDS in its name. Anything else is an error.
     """
     names = subfolders(root)
     if "train" in names and set(names) <= {"train", "val", "test"}:
         return {name: root / name for name in names}
-    suspects = [name for name in names
-                if any(word in name.lower() for word in ("train", "val", "test"))]
+    suspects = [name for name in names if SET_WORDS & set(re.split("[^a-z]+", name.lower()))]
     if suspects:
         raise common.UserError(f"--data {root}: is {', '.join(suspects)} a set or a class? Name "
                                "sets train, val and test, with no other folder beside them; or "
@@ -176,8 +179,8 @@ def load_data(args: Namespace) -> Dataset:
     # test set stays, or else that in the validation set.
     common.make_disjoint_sets(sets, args.seed)
     train, validation, test = (ImageSet(*sets[name][:2]) for name in ("train", "val", "test"))
-    # The paths of the test images, if they come from a folder: else there is no third part.
-    test_files = [path for paths in sets["test"][2:] for path in paths]
+    # The third part, the paths, exists only for the images of a folder.
+    test_files = list(sets["test"][2]) if len(sets["test"]) > 2 else []
     return Dataset(args.data, classes, train, validation, test, test_files)
 
 

@@ -282,7 +282,8 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     if not args.resume:
         return args
     paths = sorted(find_files(args, "last.pt"), key=os.path.getmtime)
-    # The newest has the options of the latest command. If there is none, the error names this one.
+    # The newest has the options of the latest command. If there is none, load_checkpoint() names
+    # the default path.
     path = paths[-1] if paths else Path(args.out, "last.pt")
     saved = load_checkpoint(path, args.script)["options"]
     # Parse again: what is given on the command line overrides what was saved.
@@ -290,7 +291,7 @@ def parse_options(parser: ArgumentParser) -> Namespace:
     # The folder may have been renamed, and this machine may have no compiler.
     parser.set_defaults(out=args.out, compile=args.compile)
     args = parser.parse_args()
-    # Among them are script, subfolders and checksum, which no option can change.
+    # `saved` also has script, subfolders and checksum, which no option can change.
     for name, value in saved.items():
         if name not in RESUMABLE and getattr(args, name) != value:
             flag = "--" + name.replace("_", "-")
@@ -710,7 +711,7 @@ def read_table(path: str, names: tuple) -> list:
     except ValueError:
         raise UserError(f"--data {path}: not a text file in UTF-8 (is it .xlsx or .gz?); save the "
                         "table as CSV in UTF-8") from None
-    separator = max(",;\t", key=text.partition("\n")[0].count)  # what the first line has most of
+    separator = max(",;\t", key=text.partition("\n")[0].count)  # the most frequent in line 1
     # In a TSV file, quotation marks are kept as they are.
     quoting = csv.QUOTE_NONE if separator == "\t" else csv.QUOTE_MINIMAL
     csv.field_size_limit(10**9)  # characters in a cell
@@ -721,7 +722,7 @@ def read_table(path: str, names: tuple) -> list:
     try:
         header = [cell.strip(' "').lower() for cell in next(reader, [])]
         if not set(names) <= set(header):
-            raise ValueError(f"the columns are {', '.join(header)[:200]}")
+            raise ValueError(f"the columns are {', '.join(header)[:200] or 'missing'}")
         columns = [header.index(name) for name in names]
         for row in filter(any, reader):  # without blank lines
             if len(row) != len(header):
@@ -738,7 +739,8 @@ def read_table(path: str, names: tuple) -> list:
                         f"the columns {' and '.join(names)}; commas, semicolons or tabs separate "
                         "them)") from None
     if skipped:
-        warn(f"{path}: skipped {len(skipped)} rows with an empty cell, in lines {skipped[:10]}")
+        warn(f"{path}: skipped {len(skipped)} row(s) with an empty cell; the first are in lines "
+             f"{skipped[:10]}")
     if not rows:
         raise UserError(f"--data {path}: there are no rows below the header")
     return rows
@@ -764,10 +766,12 @@ def read_image(path: str, size: int) -> np.ndarray:
     try:
         image = Image.open(path)
         image.draft("RGB", (2 * size, 2 * size))  # decodes a large JPEG at a fraction of its size
+        image.load()  # raises an error if pixels are damaged
         if image.format != "TIFF":  # Pillow rotates those itself
-            image = ImageOps.exif_transpose(image)
+            with contextlib.suppress(Exception):  # a broken EXIF record
+                image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
-            raise ValueError("it has more than 8 bits in a pixel; convert it first")
+            raise ValueError("it has more than 8 bits per channel; convert it to 8 bits")
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.BICUBIC)
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image).convert("RGB")
@@ -787,7 +791,9 @@ def check_apart(data: str, *written: str) -> None:
 
 
 def image_files(folder: str | Path) -> list:
-    """The files in a folder and its subfolders, sorted, without hidden ones. Links are followed."""
+    """The files in a folder and its subfolders, sorted, without hidden ones. Links are followed; a
+    link to a folder above it repeats files.
+    """
     pattern = os.path.join(glob.escape(str(folder)), "**")  # all files and folders, however deep
     return sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
 
@@ -810,7 +816,7 @@ def read_images(paths: list, size: int) -> tuple:
                             "shared by the processes; use fewer (in training: --limit), or train "
                             "with a smaller --size")
 
-    with contextlib.suppress(ImportError):  # reads .heic files, as of iPhones, if it is installed
+    with contextlib.suppress(ImportError):  # if it is installed, .heic files (iPhones) can be read
         import pillow_heif
         pillow_heif.register_heif_opener()
 
@@ -831,7 +837,8 @@ def read_images(paths: list, size: int) -> tuple:
     images = np.stack([images[i] for i in kept])
     blank = sum((image == image[0, 0]).all() for image in images)
     if blank:
-        warn(f"{blank} of {len(images)} images have a single color (transparency becomes white)")
+        warn(f"{blank} of {len(images)} images consist of a single color (transparent pixels "
+             "become white)")
     return torch.from_numpy(images), kept
 
 

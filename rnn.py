@@ -549,8 +549,8 @@ def evaluate(args: Namespace, data: Dataset, histories: dict, folder: Path,
 
 
 def answer_texts(data: Dataset, numbers: Tensor) -> list:
-    """Return the text of each target or prediction, int64 (N, length): the name of a class, or the
-    tokens up to END.
+    """Return a text for each row of `numbers`, int64 (N, length), which are targets or predictions:
+    the name of the class, or the tokens up to END.
     """
     if data.task == "classify":
         return [data.answers[i] for i in numbers.flatten()]

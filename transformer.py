@@ -144,8 +144,8 @@ def load_data(args: Namespace) -> Dataset:
         tokens.update(source, target)
     unseen = sum(not tokens.issuperset(target) for _, target in validation)
     if unseen > len(validation) / 20:
-        common.warn(f"{unseen} of {len(validation)} validation targets have a token that no "
-                    "training pair has, so the model cannot write it; if the tokens are words, "
+        common.warn(f"{unseen} of {len(validation)} validation targets contain a token that occurs "
+                    "in no training pair, so the model cannot write them; if the tokens are words, "
                     "try --target-tokens chars")
     return Dataset(name, Vocabulary(sorted(tokens)), longest, train, validation, test)
 
@@ -158,6 +158,8 @@ def similar_length_batches(pairs: list, batch_size: int, *seed: int) -> list:
     # The random fraction shuffles pairs of the same lengths.
     lengths = [(len(source), len(target) + rng.random()) for source, target in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
+    if len(pairs) < common.WORLD:
+        raise common.UserError("there are fewer training pairs than processes")
     # As few batches as possible, of nearly equal size. The limit is batch_size pairs, or 2 * WORLD
     # if that is more: if there are several batches, each has at least half of the limit, so that
     # every process has a pair.

@@ -413,6 +413,7 @@ def test_tables_are_read_by_the_names_of_their_columns(tmp_path, text):
 @pytest.mark.parametrize("text, message", [
     ("text,class\nb,y\n", "line 1: the columns are text, class (the first line must name the "
                           "columns text and label; commas, semicolons or tabs separate them)"),
+    ("", "line 0: the columns are missing (the first line must name the columns"),
     ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; a text with a "
                                         "separator or a line break in it needs quotation marks"),
     ("text,label\na,x\nb\n", "line 3: 1 cells, but 2 in the first line"),
@@ -433,7 +434,7 @@ def test_quotation_marks_in_a_tsv_file_are_kept(tmp_path):
 
 def test_rows_with_an_empty_cell_are_skipped_and_told(tmp_path):
     text = "text,id,label\na,1,x\n ,2,y\nb,,x\nc,4,\n"
-    with pytest.warns(UserWarning, match=r"skipped 2 rows with an empty cell, in lines \[3, 5\]"):
+    with pytest.warns(UserWarning, match=r"skipped 2 row\(s\) .* lines \[3, 5\]"):
         assert table(tmp_path / "t.csv", text) == [("a", "x"), ("b", "x")]
 
 
@@ -493,7 +494,7 @@ def test_transparent_pixels_become_white(tmp_path):
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
 def test_more_than_8_bits_in_a_pixel_are_refused(tmp_path, kind):
     ramp = np.linspace(1000, 30000, 64).reshape(8, 8).astype(kind)
-    with pytest.raises(common.UserError, match="more than 8 bits in a pixel; convert it first"):
+    with pytest.raises(common.UserError, match="more than 8 bits per channel; convert"):
         common.read_image(save(tmp_path / "a.tiff", ramp), 8)
 
 
@@ -521,8 +522,12 @@ def test_an_orientation_is_applied_once(tmp_path, kind):
 
 
 def test_a_broken_exif_record_costs_the_orientation_alone(tmp_path):
-    path = save(tmp_path / "a.jpg", np.full((8, 8, 3), 90, np.uint8), exif=b"Exif\0\0MM\0*broken")
-    assert common.read_image(path, 8).shape == (8, 8, 3)
+    # The second one has an orientation, and a description (0x10E) that is a fraction.
+    entries = b"\x01\x0e\0\x05\0\0\0\x01\0\0\0\0" + b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
+    for exif in (b"broken", b"\0\0\0\x08\0\x02" + entries + b"\0\0\0\0"):
+        path = save(tmp_path / "a.jpg", np.full((8, 8, 3), 90, np.uint8),
+                    exif=b"Exif\0\0MM\0*" + exif)
+        assert common.read_image(path, 8).shape == (8, 8, 3)
 
 
 def test_an_image_with_damaged_pixels_is_refused(tmp_path):

@@ -167,7 +167,7 @@ def is_rounded(written, percent, value):
     """Whether a number in a text, such as "1,230", "0.054" or "85.3", is this value, rounded."""
     digits = written.replace(",", "")
     unit = 10.0 ** -len(digits.partition(".")[2])
-    if "." not in digits:
+    if "." not in digits and not percent:
         unit = 10.0 ** (len(digits) - len(digits.rstrip("0")))
     return abs((100 * value if percent else value) - float(digits)) <= 0.501 * unit
 

@@ -287,6 +287,8 @@ def test_batches_hold_every_pair_once_with_others_of_its_length(monkeypatch):
         shares.append(transformer.similar_length_batches(pairs, 16, 0, 1))
     for batch, *parts in zip(batches, *shares):
         assert sorted(batch) == sorted(i for part in parts for i in part)
+    with pytest.raises(common.UserError, match="fewer training pairs than processes"):
+        transformer.similar_length_batches(pairs[:2], 16, 0, 1)
 
 
 def test_long_texts_are_evaluated_in_smaller_batches():
@@ -341,7 +343,7 @@ def test_all_targets_of_a_source_are_in_one_set(tmp_path):
 def test_target_words_that_do_not_recur_are_a_warning(tmp_path):
     path = write(tmp_path / "pairs.csv",
                  "source,target\n" + "".join(f"day {i},2026-{i}\n" for i in range(100)))
-    with pytest.warns(UserWarning, match="10 of 10 validation targets have a token that no"):
+    with pytest.warns(UserWarning, match="10 of 10 validation targets contain a token that"):
         load(path, "--target-tokens", "words")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
