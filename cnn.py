@@ -94,6 +94,7 @@ def subfolders(folder: Path) -> list:
                   if path.is_dir() and not path.name.startswith("."))
 
 
+# A folder with one of these words in its name may be a set.
 SET_WORDS = {"train", "training", "val", "valid", "validation", "test", "testing"}
 
 
