@@ -91,7 +91,7 @@ def synthetic_shapes(count: int, size: int, seed: int) -> ImageSet:
 def subfolders(folder: Path) -> list:
     """Return the sorted names of the folders in a folder, without hidden ones."""
     return sorted(path.name for path in folder.iterdir()
-                  if path.is_dir() and not path.name.startswith("."))
+                  if path.is_dir() and path.name[0] != ".")
 
 
 # A folder with one of these words in its name may be a set.
@@ -179,10 +179,11 @@ def load_data(args: Namespace) -> Dataset:
     # Takes "val" and "test", where missing, from "train". Of an image in two sets, the copy in the
     # test set stays, or else that in the validation set.
     common.make_disjoint_sets(sets, args.seed)
-    train, validation, test = (ImageSet(*sets[name][:2]) for name in ("train", "val", "test"))
-    # The third part, the paths, exists only for the images of a folder.
-    test_files = list(sets["test"][2]) if len(sets["test"]) > 2 else []
-    return Dataset(args.data, classes, train, validation, test, test_files)
+    image_sets = [ImageSet(*sets[name][:2]) for name in ("train", "val", "test")]
+    test_files = []
+    if len(sets["test"]) > 2:  # the third part, the paths, exists only for a folder's images
+        test_files = sets["test"][2].tolist()
+    return Dataset(args.data, classes, *image_sets, test_files)
 
 
 def describe_classes(data: Dataset) -> None:
