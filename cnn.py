@@ -109,9 +109,9 @@ def find_sets(root: Path) -> dict:
         return {name: root / name for name in names}
     suspects = [name for name in names if SET_WORDS & set(re.split("[^a-z]+", name.lower()))]
     if suspects:
-        raise common.UserError(f"--data {root}: is {', '.join(suspects)} a set or a class? Name "
-                               "sets train, val and test, with no other folder beside them; or "
-                               "move all classes into a folder train")
+        raise common.UserError(f"--data {root}: sets or classes: {', '.join(suspects)}? Name sets "
+                               "train, val and test, with no other folder beside them; or move all "
+                               "classes into a folder train")
     return {"train": root}
 
 

@@ -429,7 +429,7 @@ def save_epoch(folder: Path, args: Namespace, history: list, state: dict, best: 
     if RANK > 0:
         return
     with open(folder / "history.csv", "w", newline="") as file:
-        table = csv.DictWriter(file, history[0], lineterminator="\n")
+        table = csv.DictWriter(file, list(history[0]), lineterminator="\n")
         table.writeheader()
         table.writerows(history)
     if epochs_since_best(history, score) == 0:
@@ -726,9 +726,9 @@ def read_table(path: str, names: tuple) -> list:
         columns = [header.index(name) for name in names]
         for row in filter(any, reader):  # without blank lines
             if len(row) != len(header):
-                raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; a text "
-                                 "with a separator or a line break in it needs quotation marks "
-                                 "around it, in a CSV file")
+                raise ValueError(f"{len(row)} cells, but {len(header)} in the first line; in a CSV "
+                                 "file, a text that contains a separator or a line break needs "
+                                 "quotation marks around it")
             cells = tuple(clean_text(row[column]) for column in columns)
             if "" in cells:
                 skipped.append(reader.line_num)
@@ -834,12 +834,11 @@ def read_images(paths: list, size: int) -> tuple:
         warn(f"{len(paths) - len(kept)} of {len(paths)} files cannot be read")
     if not kept:
         raise UserError(f"none of the {len(paths)} files can be read as an image")
-    images = np.stack([images[i] for i in kept])
-    blank = sum((image == image[0, 0]).all() for image in images)
+    blank = sum((images[i] == images[i][0, 0]).all() for i in kept)
     if blank:
-        warn(f"{blank} of {len(images)} images consist of a single color (transparent pixels "
-             "become white)")
-    return torch.from_numpy(images), kept
+        warn(f"{blank} of {len(kept)} images consist of a single color (transparent pixels become "
+             "white)")
+    return torch.from_numpy(np.stack([images[i] for i in kept])), kept
 
 
 def load_torchvision(name: str, data_dir: str) -> tuple:

@@ -184,17 +184,17 @@ def test_missing_sets_are_tenths_without_hidden_folders_and_copies(photos):
     assert 24 <= sum(load("--limit", "30")[1]) <= 30  # without copies in validation and test
 
 
-SPLIT = ("a set or a class? Name sets train, val and test, with no other folder beside them; or "
-         "move all classes into a folder train")
+SPLIT = ("? Name sets train, val and test, with no other folder beside them; or move all classes "
+         "into a folder train")
 
 
 @pytest.mark.parametrize("folders, message", [
-    (["training_set/a", "b"], f"is training_set {SPLIT}"),
-    (["seg_train/a", "seg_test/a"], f"is seg_test, seg_train {SPLIT}"),
-    (["train/a", "train/b", "Valid/a"], f"is Valid, train {SPLIT}"),
-    (["train/a", "train/b", "test/a", "test/b", "c"], f"is test, train {SPLIT}"),
-    (["val/a", "val/b", "test/a", "test/b"], f"is test, val {SPLIT}"),
-    (["Testing/a", "valley/a"], f"is Testing {SPLIT}"),
+    (["training_set/a", "b"], f"sets or classes: training_set{SPLIT}"),
+    (["seg_train/a", "seg_test/a"], f"sets or classes: seg_test, seg_train{SPLIT}"),
+    (["train/a", "train/b", "Valid/a"], f"sets or classes: Valid, train{SPLIT}"),
+    (["train/a", "train/b", "test/a", "test/b", "c"], f"sets or classes: test, train{SPLIT}"),
+    (["val/a", "val/b", "test/a", "test/b"], f"sets or classes: test, val{SPLIT}"),
+    (["Testing/a", "valley/a"], f"sets or classes: Testing{SPLIT}"),
     (["a"], "photos has 1 class folder(s); at least two are needed"),
     (["train/a", "train/b", "test/a", "test/c"],
      "photos/test and photos/train must have the same class folders, some of which may be empty; "

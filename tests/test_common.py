@@ -414,8 +414,8 @@ def test_tables_are_read_by_the_names_of_their_columns(tmp_path, text):
     ("text,class\nb,y\n", "line 1: the columns are text, class (the first line must name the "
                           "columns text and label; commas, semicolons or tabs separate them)"),
     ("", "line 0: the columns are missing (the first line must name the columns"),
-    ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; a text with a "
-                                        "separator or a line break in it needs quotation marks"),
+    ("label,text\nx,My order, which\n", "line 2: 3 cells, but 2 in the first line; in a CSV file, "
+                                        "a text that contains a separator or a line break needs"),
     ("text,label\na,x\nb\n", "line 3: 1 cells, but 2 in the first line"),
     ("text,label\n,x\n", "there are no rows below the header"),
     (b"PK\x03\x04\xff\xfe", ": not a text file in UTF-8 (is it .xlsx or .gz?)"),
@@ -492,7 +492,7 @@ def test_transparent_pixels_become_white(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [np.uint16, np.int32, np.float32])
-def test_more_than_8_bits_in_a_pixel_are_refused(tmp_path, kind):
+def test_more_than_8_bits_per_channel_are_refused(tmp_path, kind):
     ramp = np.linspace(1000, 30000, 64).reshape(8, 8).astype(kind)
     with pytest.raises(common.UserError, match="more than 8 bits per channel; convert"):
         common.read_image(save(tmp_path / "a.tiff", ramp), 8)
